@@ -1,0 +1,762 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy", "torch", "pillow"]
+# ///
+"""β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β, in one file to read beside the paper.
+
+    python betavae.py --beta 100 --anneal 40000         train; pictures, a log and checkpoints land in runs/
+    python betavae.py compare runs/A runs/B             one sheet and one table of several runs
+    python betavae.py score runs/A                      the disentanglement metric of a finished run
+
+    from betavae import load
+    model = load('runs/A')
+    mu, logvar = model.encode(x)                        # x: floats in [0, 1], (B, C, 64, 64)
+    means = model.decode(mu).sigmoid()                  # (B, C, 64, 64)
+
+Letters: x an image, z its code, q(z|x) = N(mu, exp(logvar)) the encoder, p(x|z) the decoder;
+B images in a batch, C channels, J latents, K factors, L pairs. All losses are in nats per image.
+"""
+import argparse
+import contextlib
+import csv
+import ctypes
+import functools
+import io
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+import data as datasets
+import metrics
+
+ACTIVE = 0.05           # a latent is active where its mean KL is above this many nats
+COLLAPSED = 0.1         # the posterior has collapsed where the total KL is below this many nats
+ROW = 100               # steps from one row of log.csv to the next
+PICTURES = 5000         # steps from one set of pictures to the next, after those at 100, 300 and 1000
+SAVE_SECONDS = 30       # from one checkpoint to the next
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Up(nn.ConvTranspose2d):
+    """A transposed convolution that doubles the side. Its bias is added apart: fused, its gradient is 3 times slower."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
+
+    def forward(self, h):
+        h = F.conv_transpose2d(h, self.weight, None, self.stride, self.padding)
+        return h + self.bias.to(h.dtype)[:, None, None]
+
+
+class BetaVAE(nn.Module):
+    """The convolutional network of Higgins et al. 2017 (appendix A.1) for images of 64 × 64 pixels."""
+
+    def __init__(self, channels, latents):
+        super().__init__()
+
+        def down(channels_in, channels_out):
+            return nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
+        self.latents = latents
+        self.encoder = nn.Sequential(                                             # (B, C, 64, 64)
+            down(channels, 32), nn.ReLU(), down(32, 32), nn.ReLU(),               # (B, 32, 16, 16)
+            down(32, 64), nn.ReLU(), down(64, 64), nn.ReLU(), nn.Flatten(),       # (B, 1024)
+            nn.Linear(1024, 256), nn.ReLU())                                      # (B, 256)
+        self.posterior = nn.Linear(256, 2 * latents)                              # linear: μ and log σ² take any sign
+        self.decoder = nn.Sequential(                                             # (B, J)
+            nn.Linear(latents, 256), nn.ReLU(), nn.Linear(256, 1024), nn.ReLU(), nn.Unflatten(1, (64, 4, 4)),
+            Up(64, 64), nn.ReLU(), Up(64, 32), nn.ReLU(), Up(32, 32), nn.ReLU(), Up(32, channels))  # (B, C, 64, 64)
+
+    def encode(self, x):
+        """Images (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), each (B, J), in float32."""
+        h = self.encoder(x)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.posterior(h.float()).chunk(2, dim=1)
+
+    def decode(self, z):
+        """Codes (B, J) → logits (B, C, 64, 64) in float32: the means of p(x|z) are their sigmoid."""
+        return self.decoder(z).float()
+
+    def forward(self, x, noise=None):
+        """Images → logits (B, C, 64, 64), μ, log σ² (B, J), with z = μ + σ · noise, the noise standard normal (B, J)."""
+        mu, logvar = self.encode(x)
+        z = mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if noise is None else noise)
+        return self.decode(z), mu, logvar
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective: Higgins et al. 2017, eq. 4, with its sign turned so that it is minimised
+#
+#     L(θ, φ; x, β)  =  − E_{q(z|x)}[log p(x|z)]  +  β · Σ_j KL(q(z_j|x) ‖ N(0, 1))
+#
+# in nats per image: summed over pixels, channels and latents, averaged over the batch. A mean over pixels instead would
+# rescale β in silence.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def kl_per_latent(mu, logvar):
+    """KL(N(μ, σ²) ‖ N(0, 1)) = ½ (μ² + σ² − 1 − log σ²), in nats: (B, J) → (B, J). Kingma and Welling 2014, appendix B."""
+    return 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar)
+
+
+def reconstruction(logits, x, likelihood):
+    """− log p(x|z), in nats per image: summed over C × 64 × 64 values, averaged over the batch.
+
+    bernoulli   cross-entropy of the pixels, − x log p − (1 − x) log (1 − p) with p = sigmoid(logits)
+    gaussian    squared error, (x − sigmoid(logits))²: a Gaussian of variance ½ without its constant D/2 · ln π, for D values
+    """
+    if likelihood == 'bernoulli':
+        return F.binary_cross_entropy_with_logits(logits, x, reduction='sum') / len(x)
+    return F.mse_loss(logits.sigmoid(), x, reduction='sum') / len(x)
+
+
+def beta_at(step, beta, beta_from=0.0, anneal=0):
+    """β after `step` updates: linear from `beta_from` to `beta` over the first `anneal` steps, then held."""
+    return beta if step >= anneal else beta_from + (beta - beta_from) * step / anneal
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def batch(data, seed, step, size, latents, device):
+    """The images, float (B, C, 64, 64) in [0, 1], and the noise (B, J) of a step: functions of seed and step alone,
+    which makes a resumed run equal to one that was never cut."""
+    generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+    i = torch.randint(data.train_size, (size,), generator=generator, device=device)
+    noise = torch.randn(size, latents, generator=generator, device=device)
+    return as_input(data.images(data.train_index(i))), noise
+
+
+def as_input(images):
+    """uint8 (B, C, 64, 64) → float in [0, 1], channels last: the layout in which convolutions are quickest."""
+    return images.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def train(args):
+    data, run, device = args.dataset, Path(args.run), torch.device(args.device)
+    keep_freed_memory()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        model = BetaVAE(data.shape[0], args.latents)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != 'mps')
+    precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
+    held_out = torch.from_numpy(data.images(data.held_out(1000))).to(device)                # (≤ 1000, C, 64, 64)
+
+    # A checkpoint is this dictionary. The random state is the seed together with the step.
+    state = dict(step=0, seed=args.seed, seconds=0.0, recent=torch.zeros(ROW, 2 + args.latents), frames={})
+    if (run / 'checkpoint.pt').exists():
+        state = resume(run, model, optimiser)
+        if state['step'] >= args.steps:
+            return print(f"{run} is finished: {state['step']:,} steps. More --steps trains on; to begin anew, delete it.")
+        print(f"going on from step {state['step']:,}")
+    recent = state['recent'].to(device)                               # loss, recon, KL_j of the steps since the last row
+    frames = {step: x for step, x in state['frames'].items() if step in pictured(args.steps)}
+    run.mkdir(parents=True, exist_ok=True)
+    write(run / 'settings.json', json.dumps(settings(args), indent=1).encode())
+    cut_log(run / 'log.csv', state['step'], args.latents)
+
+    watch, interrupted, first = Stopwatch(state['seconds']), [], state['step']
+    row_start, row_step, shown, saved = watch.read(), first, 0, time.monotonic()
+    with on_signals(interrupted.append):
+        for step in range(first, args.steps):
+            beta = beta_at(step, args.beta, args.beta_from, args.anneal)
+            for group in optimiser.param_groups:
+                group['lr'] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+            x, noise = batch(data, args.seed, step, args.batch, args.latents, device)
+
+            with precision():
+                logits, mu, logvar = model(x, noise)
+            recon = reconstruction(logits, x, args.likelihood)
+            kl = kl_per_latent(mu, logvar).mean(0)                                          # (J,)
+            loss = recon + beta * kl.sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+            recent[step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
+            done, now, means = step + 1, time.monotonic(), recent[:step % ROW + 1].mean(0)
+            if done % ROW == 0 or done == args.steps:
+                check_finite(recent, done, run)
+                seconds = watch.read() - row_start
+                with watch.paused(), precision():
+                    held = evaluate(model, held_out[::8], args.likelihood, beta)
+                append_row(run / 'log.csv', done, beta, means, held, (done - row_step) * args.batch / seconds)
+                row_start, row_step = watch.read(), done
+            if done in (first + 1, args.steps) or now - shown > (0.5 if sys.stdout.isatty() else 10):
+                shown = now
+                say(done, args, beta, means.tolist(), (done - first) / (watch.read() - state['seconds']))
+            if done in pictured(args.steps):
+                with watch.paused():
+                    frames[done] = means_of(model, model.encode(as_input(held_out[:8]))[0])
+                    summary = draw(run, args, model, held_out, frames, watch.seconds)
+            if done in pictured(args.steps) or now - saved > SAVE_SECONDS or interrupted:
+                with watch.paused():
+                    write(run / 'checkpoint.pt', lambda file: torch.save(dict(
+                        step=done, seed=args.seed, seconds=watch.seconds, recent=recent, frames=frames,
+                        model=model.state_dict(), optimiser=optimiser.state_dict()), file))
+                saved = now
+            if interrupted and done < args.steps:
+                print(f'\nstopped at step {done:,} and saved: the same command goes on from there')
+                raise SystemExit(130)
+    print(f'\n{run}/ holds the pictures, the log and the model')
+    if summary['collapsed']:
+        print(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, so that every image is reconstructed "
+              'as the mean. Try a smaller --beta, or let it climb (--anneal).')
+
+
+@torch.no_grad()
+def evaluate(model, images, likelihood, beta):
+    """Loss, reconstruction and KL_j of images (uint8), with noise that is the same each time: a tensor (2 + J,)."""
+    x = as_input(images)
+    noise = torch.randn(len(x), model.latents, generator=torch.Generator().manual_seed(0)).to(x.device)
+    logits, mu, logvar = model(x, noise)
+    recon, kl = reconstruction(logits, x, likelihood), kl_per_latent(mu, logvar).mean(0)
+    return torch.cat([torch.stack([recon + beta * kl.sum(), recon]), kl])
+
+
+def pictured(steps):
+    """The steps at which pictures are made."""
+    return {100, 300, 1000, *range(PICTURES, steps, PICTURES), steps}
+
+
+def check_finite(recent, done, run):
+    """Stop, naming the step, the term and the latent, if a loss of the last steps is NaN or infinite."""
+    bad = ~recent.isfinite()
+    if bad.any():
+        row = int(bad.any(1).nonzero()[0])
+        terms = ['loss', 'reconstruction'] + [f'KL of z{j}' for j in range(recent.shape[1] - 2)]
+        term = terms[int(bad[row].nonzero()[-1])]
+        step = (done - 1) // ROW * ROW + row + 1
+        fail(f'the {term} is {recent[row][bad[row]][-1]} at step {step:,}. Try a smaller --lr or --beta, or --warmup 1000; '
+             f'{run}/checkpoint.pt is the last good one', code=1)
+
+
+def say(done, args, beta, means, steps_per_second):
+    """One line of progress: it renews itself in a terminal."""
+    active = sum(kl > ACTIVE for kl in means[2:])
+    left = (args.steps - done) / steps_per_second
+    left = f'{left / 3600:.1f} h' if left > 5400 else f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'
+    line = (f'step {done:,} of {args.steps:,}   β {beta:.4g}   reconstruction {means[1]:.2f}   KL {sum(means[2:]):.2f}   '
+            f'active {active} of {args.latents}   {steps_per_second * args.batch:,.0f} images/s   {left} left')
+    print(f'\r{line}\x1b[K' if sys.stdout.isatty() else line, end='' if sys.stdout.isatty() else '\n', flush=True)
+
+
+class Stopwatch:
+    """Seconds of training, those of earlier sittings included, those inside `paused` not."""
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.start = seconds, time.perf_counter()
+
+    def read(self):
+        return self.seconds + time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.seconds = self.read()
+        yield
+        self.start = time.perf_counter()
+
+
+@contextlib.contextmanager
+def on_signals(act):
+    """Ctrl-C and a polite kill call `act` instead of breaking off in the middle of a step."""
+    before = {s: signal.signal(s, lambda number, frame: act(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory. It would hand back each 4 MB activation, and the page faults on mapping the next one
+    cost a third of a step. Elsewhere (macOS, Windows) there is no mallopt, and nothing happens."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)                   # M_MMAP_THRESHOLD: blocks up to 32 MB come from the heap
+        mallopt(-1, 2 ** 31 - 1)                # M_TRIM_THRESHOLD: and the heap does not shrink
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: settings, log, checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write(path, content):
+    """Replace a file by bytes, or by what a function writes to it, atomically: there is always a whole one."""
+    partial = path.with_name(path.name + '.partial')
+    with open(partial, 'wb') as file:
+        content(file) if callable(content) else file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def settings(args):
+    """What settings.json holds: every option as it was settled, and the versions."""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, data=args.dataset.version)
+    return {name: getattr(args, name) for name in OPTIONS} | {'versions': versions}
+
+
+def resume(run, model, optimiser):
+    """Load the checkpoint into model and optimiser; returns it."""
+    path = run / 'checkpoint.pt'
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)         # executes nothing that it finds there
+        model.load_state_dict(state['model'])
+        optimiser.load_state_dict(state['optimiser'])
+        return {name: state[name] for name in ('step', 'seconds', 'recent', 'frames')}
+    except Exception as error:                                                  # any of a dozen kinds, by what is broken
+        fail(f'{path} is not a checkpoint of this model ({type(error).__name__}); it is left as it is: to begin anew, '
+             f'delete {run}', code=1)
+
+
+def load(run):
+    """The trained model of a run folder: a BetaVAE in float32 on the CPU, ready to encode and decode."""
+    state = torch.load(Path(run) / 'checkpoint.pt', map_location='cpu', weights_only=True)['model']
+    model = BetaVAE(state['decoder.11.bias'].numel(), state['decoder.0.weight'].shape[1])
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def header(latents):
+    return (['step', 'beta', 'loss', 'recon', 'kl'] + [f'kl_{j}' for j in range(latents)]
+            + ['held_out_loss', 'held_out_recon', 'held_out_kl', 'images_per_second'])
+
+
+def append_row(path, done, beta, means, held, speed):
+    (loss, recon, *kl), (held_loss, held_recon, *held_kl) = means.tolist(), held.tolist()
+    row = [beta, loss, recon, sum(kl), *kl, held_loss, held_recon, sum(held_kl), round(speed)]
+    with open(path, 'a', newline='') as file:
+        file.write(','.join([str(done), *(f'{value:.7g}' for value in row)]) + '\n')
+
+
+def cut_log(path, step, latents):
+    """Begin log.csv, or drop its rows past the checkpoint that training goes on from (and a last row between two others)."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines[1:] if line and int(line.split(',')[0]) <= step and int(line.split(',')[0]) % ROW == 0]
+    write(path, '\n'.join([','.join(header(latents)), *kept, '']).encode())
+
+
+def read_log(run):
+    """log.csv as a dictionary of columns."""
+    with open(Path(run) / 'log.csv', newline='') as file:
+        rows = list(csv.reader(file))
+    return dict(zip(rows[0], np.array(rows[1:], float).reshape(-1, len(rows[0])).T))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def means_of(model, z):
+    """Codes (…, J) → the means of p(x|z) as uint8 (…, C, 64, 64), on the CPU."""
+    flat = z.reshape(-1, model.latents).to(next(model.parameters()).device)
+    x = torch.cat([model.decode(part).sigmoid() for part in flat.split(128)])
+    return (x * 255).round().to(torch.uint8).cpu().view(*z.shape[:-1], *x.shape[1:])
+
+
+@torch.no_grad()
+def codes_of(model, images):
+    """μ and log σ² of images (uint8, (n, C, 64, 64)): each (n, J), float32, on the CPU."""
+    mu, logvar = zip(*(model.encode(as_input(part)) for part in images.split(128)))
+    return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
+
+
+def traverse(z, latents, values):
+    """A code (J,) with each of some latents set to each value: (latents, values, J)."""
+    grid = z.repeat(len(latents), len(values), 1)
+    for row, j in enumerate(latents):
+        grid[row, :, j] = torch.as_tensor(values, dtype=z.dtype)
+    return grid
+
+
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def sheet(images, labels=(), title='', notes=(), scale=None):
+    """Images (R, C, channels, 64, 64) in rows, a label left of each row, a title above, lines of notes below."""
+    images = np.pad(np.asarray(images), ((0, 0),) * 3 + ((1, 1),) * 2, constant_values=255)
+    images = np.repeat(images, 3, axis=2) if images.shape[2] == 1 else images               # (R, C, 3, 66, 66)
+    rows, columns, _, side, _ = images.shape
+    scale = scale or (2 if rows <= 12 else 1)
+    body = Image.fromarray(images.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3).copy())
+    body = body.resize((body.width * scale, body.height * scale), Image.Resampling.BICUBIC)
+    size = 8 + 4 * scale
+    left = max((int(font(size).getlength(label)) + 16 for label in labels), default=0)
+    wide = max([left + body.width] + [int(font(size).getlength(text)) + 12 for text in (title, *notes)])
+    top, line = (size * 2 if title else 0), size + 6
+    picture = Image.new('RGB', (wide, top + body.height + line * len(notes) + (6 if notes else 0)), 'white')
+    picture.paste(body, (left, top))
+    pen = ImageDraw.Draw(picture)
+    pen.text((6, size // 3), title, 'black', font(size))
+    for row, label in enumerate(labels):
+        pen.text((left - 8, top + (row + 0.5) * side * scale), label, 'black', font(size), anchor='rm')
+    for k, note in enumerate(notes):
+        pen.text((6, top + body.height + 4 + k * line), note, (90, 90, 90), font(size))
+    return picture
+
+
+def ticks(low, high, log=False):
+    """Round numbers between two ends: 1, 2 or 5 times a power of ten apart, or (log) the powers themselves."""
+    if log:
+        parts = (1, 2, 5) if high / low < 300 else (1,)
+        return [p * 10.0 ** k for k in range(-9, 13) for p in parts if low * 0.999 <= p * 10.0 ** k <= high * 1.001]
+    step = 10 ** math.floor(math.log10((high - low) / 2))
+    step *= next((m for m in (1, 2, 5) if (high - low) / (step * m) <= 5), 10)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+COLOURS = ['#1f6fb4', '#e07b28', '#3c9a3c', '#c23b3b', '#8458b3', '#7a5548', '#d667a8', '#666666', '#a8a81f', '#22a6b3']
+
+
+def chart(panels, size=(460, 320)):
+    """Line charts side by side. A panel is a dictionary: title, x (the axis' name), series {name: (xs, ys)}, or with a
+    third array, the standard deviations, drawn as bars; optionally log_x, and lines {name: y} drawn across."""
+    (w, h), (left, right, top, bottom) = size, (64, 16, 34, 46)
+    picture = Image.new('RGB', (w * len(panels), h), 'white')
+    pen = ImageDraw.Draw(picture)
+    for k, panel in enumerate(panels):
+        series = {name: [np.asarray(v, float) for v in values] for name, values in panel['series'].items()}
+        lines, log = panel.get('lines', {}), panel.get('log_x', False)
+        xs = np.concatenate([v[0] for v in series.values()])
+        ys = np.concatenate([v[1] for v in series.values()] + [list(lines.values())])
+        ys = ys[np.isfinite(ys)] if np.isfinite(ys).any() else np.zeros(1)
+        x0, x1 = xs.min(), max(xs.max(), xs.min() + 1e-9)
+        y0, y1 = panel.get('limits', (ys.min(), ys.max()))
+        y0, y1 = (y0 - 0.04 * (y1 - y0), y1 + 0.06 * (y1 - y0)) if y1 > y0 else (y0 - 1, y1 + 1)
+        along = np.log if log else np.asarray
+
+        def px(x):
+            return k * w + left + (along(x) - along(x0)) / (along(x1) - along(x0)) * (w - left - right)
+
+        def py(y):
+            return h - bottom - (np.clip(y, y0, y1) - y0) / (y1 - y0) * (h - top - bottom)
+        for x in ticks(x0, x1, log):
+            pen.line([px(x), top, px(x), h - bottom], '#e6e6e6')
+            pen.text((px(x), h - bottom + 5), f'{x:,g}', 'black', font(12), anchor='ma')
+        for y in ticks(y0, y1):
+            pen.line([k * w + left, py(y), k * w + w - right, py(y)], '#e6e6e6')
+            pen.text((k * w + left - 6, py(y)), f'{y:.6g}', 'black', font(12), anchor='rm')
+        for name, y in lines.items():
+            pen.line([k * w + left, py(y), k * w + w - right, py(y)], '#999999')
+            pen.text((k * w + w - right - 2, py(y) - 2), name, '#777777', font(11), anchor='rs')
+        pen.rectangle([k * w + left, top, k * w + w - right, h - bottom], outline='#888888')
+        pen.text((k * w + left, 9), panel['title'], 'black', font(15))
+        pen.text((k * w + left + (w - left - right) / 2, h - 20), panel['x'], 'black', font(12), anchor='ma')
+        for c, (name, (x, y, *deviation)) in enumerate(series.items()):
+            colour = COLOURS[c % len(COLOURS)]
+            points = [(px(a), py(b)) for a, b in zip(x, y) if np.isfinite(b)]
+            pen.line(points, colour, 2, joint='curve')
+            if len(points) < 30:
+                for a, b in points:
+                    pen.ellipse([a - 3, b - 3, a + 3, b + 3], colour)
+            for spread in deviation:
+                for a, b, d in zip(x, y, spread):
+                    pen.line([px(a), py(b - d), px(a), py(b + d)], colour, 2)
+            if len(series) > 1:
+                place = (k * w + w - right - 8, top + 6 + 15 * c)
+                pen.rectangle(pen.textbbox(place, name, font(12), anchor='ra'), 'white')
+                pen.text(place, name, colour, font(12), anchor='ra')
+    return picture
+
+
+def save_picture(path, picture):
+    write(path, lambda file: picture.save(file, 'PNG', compress_level=4))
+
+
+def save_gif(path, pictures, milliseconds):
+    """A GIF with one palette, that of the last frame: quick to make, and nothing flickers."""
+    palette = pictures[-1].quantize(128)
+    frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    write(path, lambda file: frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=milliseconds,
+                                            loop=0))
+
+
+def top_latent(mu, logvar, kl, seed=0):
+    """The documents' picture, as codes (3, 10, J): the zero vector with the latent of largest mean KL varied from its
+    least to its greatest sampled value; the second and third row add one and two mean posterior standard deviations."""
+    sigma, j = torch.exp(0.5 * logvar), int(kl.argmax())
+    z = mu + sigma * torch.randn(mu.shape, generator=torch.Generator().manual_seed(seed))
+    row = traverse(torch.zeros(mu.shape[1]), [j], torch.linspace(z[:, j].min(), z[:, j].max(), 10))
+    return torch.cat([row + n * sigma.mean(0) for n in range(3)])
+
+
+def draw(run, args, model, held_out, frames, seconds):
+    """Make every picture of a run, and summary.json; returns the summary."""
+    done, likelihood = max(frames), args.likelihood
+    mu, logvar = codes_of(model, held_out)                                                  # (≤ 1000, J)
+    kl = kl_per_latent(mu, logvar).mean(0)                                                  # (J,)
+    order = kl.argsort(descending=True).tolist()
+    active = [j for j in order if kl[j] > ACTIVE]
+    idle = ', '.join(f'z{j}' for j in sorted(set(order) - set(active))) or 'none'
+    name = f'{Path(run).name}, {done:,} steps'
+
+    eight = held_out[:8].cpu()
+    prior = torch.randn(2, 8, args.latents, generator=torch.Generator().manual_seed(0))
+    samples = means_of(model, prior)
+    columns = min(8, len(eight))
+    save_picture(run / 'reconstructions.png', sheet(
+        torch.stack([eight, frames[done], *samples[:, :columns]]), ['held out', 'reconstructed', 'from the prior', ''], name))
+
+    rows = active or order[:1]
+    base = mu[min(3, len(mu) - 1)]
+    save_picture(run / 'traversal.png', sheet(
+        means_of(model, traverse(base, rows, torch.linspace(-3, 3, 8))), [f'z{j}   {kl[j]:.2f} nats' for j in rows],
+        f'{name}: each active latent from -3 to 3, the others as in one image', [f'inactive: {idle}']))
+
+    there = -torch.cos(torch.linspace(0, math.pi, 9))                                       # -1 → 1
+    moving = means_of(model, torch.stack([traverse(z, order, there) for z in mu[:columns]], 1))     # (J, 8, 9, …)
+    moving = [sheet(moving[:, :, t], [f'z{j}' for j in order], scale=1) for t in range(9)]
+    save_gif(run / 'traversal.gif', moving + moving[-2:0:-1], 90)                           # … and back
+
+    picture = means_of(model, top_latent(mu, logvar, kl))
+    save_picture(run / 'top_latent.png', sheet(
+        picture, ['zero vector', '+ 1 st. dev.', '+ 2 st. dev.'], f'{name}: z{order[0]}, {kl[order[0]]:.2f} nats'))
+
+    save_gif(run / 'training.gif', [sheet(torch.stack([eight, frames[step]]), title=f'step {step:,}')
+                                    for step in sorted(frames)], 500)
+
+    log = read_log(run)
+    steps = log['step']
+
+    def panel(term, title):
+        train, held = log[term], log[f'held_out_{term}']
+        early = len(steps) // 20                                                            # the first fall would flatten the rest
+        return dict(title=title, x='step', series={'train': (steps, train), 'held out': (steps, held)},
+                    limits=(min(train.min(), held.min()), max(train[early:].max(), held[early:].max())))
+    save_picture(run / 'curves.png', chart([
+        panel('recon', f'reconstruction ({likelihood}), nats per image'), panel('kl', 'KL, nats per image'),
+        dict(title='beta', x='step', series={'beta': (steps, log['beta'])})]))
+
+    held = evaluate(model, held_out, likelihood, beta=0)
+    summary = dict(
+        steps=done, beta=log['beta'][-1], reconstruction=float(held[1]), kl=float(kl.sum()),
+        kl_per_latent=kl.tolist(), active_latents=len(active), collapsed=bool(kl.sum() < COLLAPSED),
+        top_latent=order[0], top_latent_by_largest_absolute_mean=int(mu.mean(0).abs().argmax()),
+        train_reconstruction=log['recon'][-1], train_kl=log['kl'][-1], seconds=round(seconds, 1),
+        images_per_second=round(float(np.median(log['images_per_second']))), device=args.device, precision=args.precision)
+    write(run / 'summary.json', json.dumps(summary, indent=1).encode())
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def compare(argv):
+    """Runs on one sheet (the first row of top_latent, with one scale for all) and in one table."""
+    parser = Parser(prog='betavae.py compare', description='Draw finished runs on one sheet and write one table of them.')
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
+    parser.add_argument('--out', type=Path, help='folder for comparison.png and comparison.md (default: that of the first run)')
+    args = parser.parse_args(argv)
+    out, pictures, labels = args.out or args.runs[0].parent, [], []
+    table = ['| run | β | steps | reconstruction | KL | active latents | collapsed | top latent |', '|' + '---|' * 8]
+    for run in args.runs:
+        s, summary, data, model = finished(run)
+        mu, logvar = codes_of(model, torch.from_numpy(data.images(data.held_out(1000))))
+        kl = kl_per_latent(mu, logvar).mean(0)
+        pictures.append(means_of(model, top_latent(mu, logvar, kl)[0]))
+        labels.append(run.name)
+        moving = f"{s['beta_from'] or 0:g} → {s['beta']:g} over {s['anneal']:,}" if s['anneal'] else f"{s['beta']:g}"
+        top = summary['top_latent']
+        table.append(f"| {run.name} | {moving} | {summary['steps']:,} | {summary['reconstruction']:.2f} | {summary['kl']:.2f} | "
+                     f"{summary['active_latents']} of {s['latents']} | {'yes' if summary['collapsed'] else 'no'} | "
+                     f"z{top}, {kl[top]:.2f} nats |")
+    if len({p.shape for p in pictures}) > 1:
+        fail('these runs differ in their number of channels: compare runs on one kind of data')
+    out.mkdir(parents=True, exist_ok=True)
+    save_picture(out / 'comparison.png', sheet(torch.stack(pictures), labels, 'the top latent, from its least to its greatest value'))
+    write(out / 'comparison.md', '\n'.join([*table, '']).encode())
+    print('\n'.join(table))
+    print(f'\n{out / "comparison.png"} and {out / "comparison.md"} are written')
+
+
+def score(argv):
+    """The disentanglement metric of finished runs; it is added to their summary.json."""
+    parser = Parser(prog='betavae.py score', description='Score finished runs by the linear-classifier metric of Higgins et al. 2017.')
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
+    parser.add_argument('--pairs', type=number(int, 1, 10000), default=64, help='L, pairs averaged for one training point (default %(default)s)')
+    parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points of the classifier (default %(default)s)')
+    parser.add_argument('--factors', type=lambda text: [int(k) for k in text.split(',')], metavar='K,K…',
+                        help='factors to choose among, by number; without 0 (shape) dSprites has K = 4 (default: all)')
+    parser.add_argument('--seed', type=number(int, 0, 2 ** 32), default=0)
+    args = parser.parse_args(argv)
+    for run in args.runs:
+        s, summary, data, model = finished(run)
+        if not data.factor_sizes:
+            fail(f'{run} was trained on images whose factors are unknown: the metric needs them (faces, dsprites)')
+        factors = args.factors or list(range(len(data.factor_sizes)))
+        if not set(factors) <= set(range(len(data.factor_sizes))):
+            fail(f'--factors takes numbers from 0 to {len(data.factor_sizes) - 1}: {", ".join(data.factor_names)}')
+
+        def encode(index):
+            return torch.cat([codes_of(model, torch.from_numpy(data.images(part)))[0]
+                              for part in np.array_split(index, math.ceil(len(index) / 4096))]).numpy()
+        test = args.train // 2
+        accuracy = metrics.disentanglement_score(encode, data.factor_sizes, pairs=args.pairs, factors=factors,
+                                                 train=args.train, test=test, rng=np.random.default_rng(args.seed))
+        entry = dict(score=accuracy, L=args.pairs, K=len(factors), factors=[data.factor_names[k] for k in factors],
+                     train=args.train, test=test, seed=args.seed)
+        summary.setdefault('scores', []).append(entry)
+        write(run / 'summary.json', json.dumps(summary, indent=1).encode())
+        print(f'{run}: {accuracy:.2%} with L = {args.pairs}, K = {len(factors)}, {args.train:,} training and {test:,} test points')
+
+
+def finished(run):
+    """What a run folder holds: settings, summary, data set, model."""
+    try:
+        s, summary = (json.loads((run / name).read_text()) for name in ('settings.json', 'summary.json'))
+        return s, summary, load_data(s['data'], s['crop']), load(run)
+    except (OSError, ValueError, KeyError) as error:
+        fail(f'{run} is not a run that can be read ({error})')
+
+
+load_data = functools.lru_cache(maxsize=2)(datasets.load)
+
+
+def fail(message, code=2):
+    print(f'betavae: {message}', file=sys.stderr)
+    raise SystemExit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message):
+        fail(f'{message} (see --help)')
+
+
+def number(kind, low, high):
+    """A parser of numbers within bounds; NaN is in none."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not between {low:g} and {high:g}')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'likelihood', 'steps', 'batch', 'lr', 'warmup', 'seed',
+           'device', 'precision']
+
+
+def training_parser():
+    parser = Parser(prog='betavae.py', description='Train a β-VAE. Other commands: compare RUN…, score RUN… (each has --help).')
+    whole, real = number(int, 0, 10 ** 9), number(float, 0, 1e30)
+    some = number(int, 1, 10 ** 9)
+    g = parser.add_argument_group('data (x)')
+    g.add_argument('--data', default='faces', help='faces, dsprites, or a folder or .zip of images (default %(default)s)')
+    g.add_argument('--crop', type=some, help='side of the centred square to cut out; CelebA: 128 (default: the largest)')
+    g = parser.add_argument_group('model')
+    g.add_argument('--latents', type=number(int, 1, 4096), help='J (default 10 for dsprites, 32 else)')
+    g = parser.add_argument_group('objective')
+    g.add_argument('--beta', type=real, default=1.0, help='β, the weight of the KL term (default %(default)g)')
+    g.add_argument('--beta-from', type=real, help='β at step 0 with --anneal (default 0)')
+    g.add_argument('--anneal', type=whole, default=0, help='steps over which β moves to --beta (default %(default)s: constant)')
+    g.add_argument('--likelihood', choices=['bernoulli', 'gaussian'],
+                   help='p(x|z) (default bernoulli for black and white, gaussian of variance ½ for colour)')
+    g = parser.add_argument_group('optimiser (Adam)')
+    g.add_argument('--steps', type=some, default=50000, help='(default %(default)s)')
+    g.add_argument('--batch', type=number(int, 1, 65536), default=64, help='B (default %(default)s)')
+    g.add_argument('--lr', type=number(float, 1e-12, 1e6), default=5e-4, help='learning rate (default %(default)s)')
+    g.add_argument('--warmup', type=whole, default=0, help='steps over which the learning rate climbs (default %(default)s)')
+    g = parser.add_argument_group('run')
+    g.add_argument('--run', help='folder of the run; the same command goes on there (default: runs/ + a name made from the options)')
+    g.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='(default %(default)s)')
+    g.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='auto: cuda, then mps, then cpu')
+    g.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
+                   help='auto: bf16 where the processor or GPU has units for it')
+    return parser
+
+
+def settle(args, parser):
+    """Fill in what was left open, from the data or from the run that is gone on with, and refuse contradictions."""
+    if args.beta_from is not None and not args.anneal:
+        fail('--beta-from needs --anneal: the steps over which β moves')
+    if not args.run:
+        words = [f'{k}{v:g}' if isinstance(v, float) else f'{k}{v}' for k in OPTIONS
+                 if (v := getattr(args, k)) != parser.get_default(k) and k not in ('data', 'beta', 'steps', 'device', 'precision')]
+        args.run = str(Path('runs', '-'.join([Path(args.data).stem, f'beta{args.beta:g}', *words]).replace('_', '')))
+    path = Path(args.run, 'settings.json')
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        fail(f'{path} cannot be read ({error}); to begin anew, delete {args.run}')
+    if not found and Path(args.run, 'checkpoint.pt').exists():
+        fail(f'{args.run} holds a checkpoint but no settings.json; to begin anew, delete it')
+    if Path(args.data).exists():
+        args.data = str(Path(args.data).absolute())
+    args.dataset = load_data(args.data, args.crop)
+    if args.anneal > args.steps:
+        print(f'warning: β will not arrive: --anneal {args.anneal:,} is more than --steps {args.steps:,}', file=sys.stderr)
+    if args.batch > args.dataset.train_size:
+        fail(f'--batch {args.batch} is more than the {args.dataset.train_size} training images of {args.data}')
+    args.latents = args.latents or (10 if args.dataset.name == 'dsprites' else 32)
+    args.likelihood = args.likelihood or ('bernoulli' if args.dataset.shape[0] == 1 else 'gaussian')
+    args.beta_from = args.beta_from or 0.0
+    if args.device == 'auto':
+        args.device = found.get('device') or ('cuda' if torch.cuda.is_available() else
+                                              'mps' if torch.backends.mps.is_available() else 'cpu')
+    if not dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[args.device]:
+        fail(f'there is no {args.device} device here')
+    if args.precision == 'auto':
+        args.precision = found.get('precision') or ('bf16' if has_bf16(args.device) else 'fp32')
+    differ = [f"--{k.replace('_', '-')} {found[k]} there, {getattr(args, k)} here" for k in OPTIONS
+              if k in found and k != 'steps' and found[k] != getattr(args, k)]
+    if found and found['versions']['data'] != args.dataset.version:
+        differ.append('another version of the data')
+    if differ:
+        fail(f'{args.run} was begun with other settings: {"; ".join(differ)}. Choose another --run, or delete it')
+
+
+def has_bf16(device):
+    """Whether there are arithmetic units for bfloat16: without them it is slower than float32."""
+    if device == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, 'get_capabilities', dict)()
+    return device == 'cpu' and bool(has.get('avx512_bf16') or has.get('amx_bf16'))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')                                # β in a C locale
+    try:
+        if argv and argv[0] in ('compare', 'score'):
+            return dict(compare=compare, score=score)[argv[0]](argv[1:])
+        parser = training_parser()
+        args = parser.parse_args(argv)
+        settle(args, parser)
+        C, H, W = args.dataset.shape
+        parameters = sum(p.numel() for p in BetaVAE(C, args.latents).parameters())
+        print(f"{args.device} {args.precision} | {args.dataset.name}, {len(args.dataset):,} images {C} × {H} × {W} | "
+              f"{parameters:,} parameters | " + ' '.join(f'{k} {getattr(args, k)}' for k in OPTIONS[2:-2]) + f' | {args.run}')
+        train(args)
+    except KeyboardInterrupt:
+        fail('interrupted', code=130)
+    except OSError as error:
+        fail(f'{error.strerror or error}: {error.filename or args.run}', code=1)
+    except ValueError as error:
+        fail(str(error))
+
+
+if __name__ == '__main__':
+    main()
