@@ -91,10 +91,10 @@ class BetaVAE(nn.Module):
         return self.decoder(z).float()
 
     def forward(self, x, noise=None):
-        """Images → logits (B, C, 64, 64), μ, log σ² (B, J), with z = μ + σ · noise, the noise standard normal (B, J)."""
+        """Images → logits (B, C, 64, 64), z, μ, log σ² (B, J): z = μ + σ · noise, the noise standard normal (B, J)."""
         mu, logvar = self.encode(x)
         z = mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if noise is None else noise)
-        return self.decode(z), mu, logvar
+        return self.decode(z), z, mu, logvar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,8 +123,41 @@ def reconstruction(logits, x, likelihood):
 
 
 def beta_at(step, beta, beta_from=0.0, anneal=0):
-    """β after `step` updates: linear from `beta_from` to `beta` over the first `anneal` steps, then held."""
+    """β (or C) after `step` updates: linear from `beta_from` to `beta` over the first `anneal` steps, then held."""
     return beta if step >= anneal else beta_from + (beta - beta_from) * step / anneal
+
+
+def log_weights(m, n):
+    """ln of the weights (M, M) in the estimate of q(z) from a batch of M of N images, n* being that which z is drawn for:
+
+        q̂(z)  =  q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the others of q(z|m)
+
+    unbiased, and exact for M = N.
+    """
+    return torch.full((m, m), math.log((n - 1) / (n * max(1, m - 1)))).fill_diagonal_(-math.log(n))
+
+
+def total_correlation(z, mu, logvar, n):
+    """KL(q(z) ‖ Π_j q(z_j)) in nats, from a batch of M of the N = `n` images (Chen et al. 2018): z, μ, log σ² (M, J)."""
+    log_q, log_w = metrics.log_densities(z, mu, logvar), log_weights(len(z), n).to(z.device)    # (M, M, J), (M, M)
+    log_qz = (log_q.sum(2) + log_w).logsumexp(1)                                            # (M,)
+    log_qzj = (log_q + log_w[:, :, None]).logsumexp(1)                                      # (M, J)
+    return (log_qz - log_qzj.sum(1)).mean()
+
+
+def penalty(args, beta, z, mu, logvar, n):
+    """What is added to the reconstruction, in nats, and KL_j, (J,), averaged over the batch.
+
+    default       β · KL                        Higgins et al. 2017
+    --tc          KL + (β − 1) · TC             β-TCVAE, Chen et al. 2018: β on the total correlation alone
+    --capacity    γ · |KL − C|                  Burgess et al. 2018: here `beta` is C, which rises with the step
+    """
+    kl = kl_per_latent(mu, logvar).mean(0)
+    if args.tc:
+        return kl.sum() + (beta - 1) * total_correlation(z, mu, logvar, n), kl
+    if args.capacity is not None:
+        return args.gamma * (kl.sum() - beta).abs(), kl
+    return beta * kl.sum(), kl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,16 +206,16 @@ def train(args):
     row_start, row_step, shown, saved = watch.read(), first, 0, time.monotonic()
     with on_signals(interrupted.append):
         for step in range(first, args.steps):
-            beta = beta_at(step, args.beta, args.beta_from, args.anneal)
+            beta = beta_at(step, args.beta if args.capacity is None else args.capacity, args.beta_from, args.anneal)
             for group in optimiser.param_groups:
                 group['lr'] = args.lr * min(1, (step + 1) / max(1, args.warmup))
             x, noise = batch(data, args.seed, step, args.batch, args.latents, device)
 
             with precision():
-                logits, mu, logvar = model(x, noise)
+                logits, z, mu, logvar = model(x, noise)
             recon = reconstruction(logits, x, args.likelihood)
-            kl = kl_per_latent(mu, logvar).mean(0)                                          # (J,)
-            loss = recon + beta * kl.sum()
+            weighted, kl = penalty(args, beta, z, mu, logvar, data.train_size)              # kl: (J,)
+            loss = recon + weighted
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -193,7 +226,7 @@ def train(args):
                 check_finite(recent, done, run)
                 seconds = watch.read() - row_start
                 with watch.paused(), precision():
-                    held = evaluate(model, held_out[::8], args.likelihood, beta)
+                    held = evaluate(model, held_out[::8], args, beta)
                 append_row(run / 'log.csv', done, beta, means, held, (done - row_step) * args.batch / seconds)
                 row_start, row_step = watch.read(), done
             if done in (first + 1, args.steps) or now - shown > (0.5 if sys.stdout.isatty() else 10):
@@ -219,13 +252,14 @@ def train(args):
 
 
 @torch.no_grad()
-def evaluate(model, images, likelihood, beta):
+def evaluate(model, images, args, beta):
     """Loss, reconstruction and KL_j of images (uint8), with noise that is the same each time: a tensor (2 + J,)."""
     x = as_input(images)
     noise = torch.randn(len(x), model.latents, generator=torch.Generator().manual_seed(0)).to(x.device)
-    logits, mu, logvar = model(x, noise)
-    recon, kl = reconstruction(logits, x, likelihood), kl_per_latent(mu, logvar).mean(0)
-    return torch.cat([torch.stack([recon + beta * kl.sum(), recon]), kl])
+    logits, z, mu, logvar = model(x, noise)
+    recon = reconstruction(logits, x, args.likelihood)
+    weighted, kl = penalty(args, beta, z, mu, logvar, len(x))
+    return torch.cat([torch.stack([recon + weighted, recon]), kl])
 
 
 def pictured(steps):
@@ -497,6 +531,18 @@ def top_latent(mu, logvar, kl, seed=0):
     return torch.cat([row + n * sigma.mean(0) for n in range(3)])
 
 
+def latent_names(model, data, n=5000):
+    """What each latent is called: the factor it encodes, by the largest normalised mutual information over n images and at
+    least a tenth of the factor's entropy; else z and its number."""
+    names = [f'z{j}' for j in range(model.latents)]
+    if data.factor_sizes:
+        index = np.random.default_rng(0).integers(len(data), size=n)
+        mu = codes_of(model, torch.from_numpy(data.images(index)))[0].numpy()
+        factor, share = metrics.encoded_factors(mu, np.stack(np.unravel_index(index, data.factor_sizes), 1))
+        names = [f'{name}: {data.factor_names[k]}' if s > 0.1 else name for name, k, s in zip(names, factor, share)]
+    return names
+
+
 def draw(run, args, model, held_out, frames, seconds):
     """Make every picture of a run, and summary.json; returns the summary."""
     done, likelihood = max(frames), args.likelihood
@@ -516,8 +562,10 @@ def draw(run, args, model, held_out, frames, seconds):
 
     rows = active or order[:1]
     base = mu[min(3, len(mu) - 1)]
+    names = latent_names(model, args.dataset)
     save_picture(run / 'traversal.png', sheet(
-        means_of(model, traverse(base, rows, torch.linspace(-3, 3, 8))), [f'z{j}   {kl[j]:.2f} nats' for j in rows],
+        means_of(model, traverse(base, rows, torch.linspace(-3, 3, 8))),
+        [', '.join(filter(None, [names[j] if kl[j] > ACTIVE else '', f'{kl[j]:.2f} nats'])) for j in rows],
         f'{name}: each active latent from -3 to 3, the others as in one image', [f'inactive: {idle}']))
 
     there = -torch.cos(torch.linspace(0, math.pi, 9))                                       # -1 → 1
@@ -544,7 +592,7 @@ def draw(run, args, model, held_out, frames, seconds):
         panel('recon', f'reconstruction ({likelihood}), nats per image'), panel('kl', 'KL, nats per image'),
         dict(title='beta', x='step', series={'beta': (steps, log['beta'])})]))
 
-    held = evaluate(model, held_out, likelihood, beta=0)
+    held = evaluate(model, held_out, args, beta=0)
     summary = dict(
         steps=done, beta=log['beta'][-1], reconstruction=float(held[1]), kl=float(kl.sum()),
         kl_per_latent=kl.tolist(), active_latents=len(active), collapsed=bool(kl.sum() < COLLAPSED),
@@ -653,7 +701,7 @@ def number(kind, low, high):
     return parse
 
 
-OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'likelihood', 'steps', 'batch', 'lr', 'warmup', 'seed',
+OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'tc', 'capacity', 'gamma', 'likelihood', 'steps', 'batch', 'lr', 'warmup', 'seed',
            'device', 'precision']
 
 
@@ -670,6 +718,9 @@ def training_parser():
     g.add_argument('--beta', type=real, default=1.0, help='β, the weight of the KL term (default %(default)g)')
     g.add_argument('--beta-from', type=real, help='β at step 0 with --anneal (default 0)')
     g.add_argument('--anneal', type=whole, default=0, help='steps over which β moves to --beta (default %(default)s: constant)')
+    g.add_argument('--tc', action='store_true', help='β-TCVAE: β on the total correlation alone')
+    g.add_argument('--capacity', type=real, help='C in nats: γ |KL − C| in place of β KL, C climbing from 0 over --anneal steps')
+    g.add_argument('--gamma', type=real, help='γ, with --capacity (default 1000)')
     g.add_argument('--likelihood', choices=['bernoulli', 'gaussian'],
                    help='p(x|z) (default bernoulli for black and white, gaussian of variance ½ for colour)')
     g = parser.add_argument_group('optimiser (Adam)')
@@ -690,8 +741,12 @@ def settle(args, parser):
     """Fill in what was left open, from the data or from the run that is gone on with, and refuse contradictions."""
     if args.beta_from is not None and not args.anneal:
         fail('--beta-from needs --anneal: the steps over which β moves')
+    if args.capacity is None and args.gamma is not None:
+        fail('--gamma needs --capacity')
+    if args.capacity is not None and (args.tc or args.beta != 1 or args.beta_from is not None):
+        fail('--capacity takes the place of --beta, --beta-from and --tc')
     if not args.run:
-        words = [f'{k}{v:g}' if isinstance(v, float) else f'{k}{v}' for k in OPTIONS
+        words = [k if v is True else f'{k}{v:g}' if isinstance(v, float) else f'{k}{v}' for k in OPTIONS
                  if (v := getattr(args, k)) != parser.get_default(k) and k not in ('data', 'beta', 'steps', 'device', 'precision')]
         args.run = str(Path('runs', '-'.join([Path(args.data).stem, f'beta{args.beta:g}', *words]).replace('_', '')))
     path = Path(args.run, 'settings.json')
@@ -710,7 +765,7 @@ def settle(args, parser):
         fail(f'--batch {args.batch} is more than the {args.dataset.train_size} training images of {args.data}')
     args.latents = args.latents or (10 if args.dataset.name == 'dsprites' else 32)
     args.likelihood = args.likelihood or ('bernoulli' if args.dataset.shape[0] == 1 else 'gaussian')
-    args.beta_from = args.beta_from or 0.0
+    args.beta_from, args.gamma = args.beta_from or 0.0, args.gamma or (None if args.capacity is None else 1000.0)
     if args.device == 'auto':
         args.device = found.get('device') or ('cuda' if torch.cuda.is_available() else
                                               'mps' if torch.backends.mps.is_available() else 'cpu')

@@ -126,10 +126,10 @@ def outlines():
 
 
 def draw_dsprites():
-    """All 737,280 images, a bit a pixel: uint64 (720, 32, 32, 64), one word a row of pixels, its lowest bit the leftmost.
+    """All 737,280 images, a bit a pixel: (737280, 512) bytes, the lowest bit of each its leftmost pixel.
 
-    A pixel is on where its centre lies inside the polygon (even-odd rule): every edge that crosses the row flips all
-    pixels to its right.
+    A pixel is on where its centre lies inside the polygon (even-odd rule). A row of 64 pixels is one 64-bit word, in which
+    every edge that crosses the row flips all pixels to its right.
     """
     position = 16 + 32 * np.linspace(0, 1, 32)
     rows = np.floor(position)[:, None] + np.arange(-14, 15)                       # (32, 29): the rows a sprite can reach
@@ -149,13 +149,13 @@ def draw_dsprites():
                 row, first = np.unique(row, return_index=True)
                 word = np.bitwise_xor.reduceat(ALL_ON << pixel, first, axis=1)    # (32, rows)
                 table[shape, scale, orientation][:, y_at[row], row_at[row]] = word
-    return table.reshape(-1, 64)
+    return table.reshape(-1, 64).view(np.uint8)
 
 
 def dsprites(path=None):
     """dSprites drawn by formula, or (path) the official file, through the same interface: (1, 64, 64), values 0 and 255."""
     table = draw_dsprites() if path is None else read_dsprites(path)
-    table = on_device(table.view(np.uint8))                                       # (737280, 512)
+    table = on_device(table)                                                      # (737280, 512)
 
     def draw(index):
         bits, = table(index.device)
@@ -166,14 +166,15 @@ def dsprites(path=None):
 
 def read_dsprites(path):
     """The official dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz → the table of draw_dsprites, streamed: never 3 GB."""
-    table = np.empty((737280, 512), np.uint8)
+    n = int(np.prod(list(DSPRITES.values())))
+    table = np.empty((n, 512), np.uint8)
     try:
         with zipfile.ZipFile(path) as archive, archive.open('imgs.npy') as file:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if (shape, dtype) != ((737280, 64, 64), np.uint8):
-                raise ValueError(f'imgs is {dtype} {shape}')
-            for start in range(0, len(table), 4096):
+            if (shape, dtype) != ((n, 64, 64), np.uint8):
+                raise ValueError(f'its images are {dtype} {shape}')
+            for start in range(0, n, 4096):
                 images = np.frombuffer(file.read(4096 * 4096), np.uint8).reshape(-1, 4096)
                 table[start:start + 4096] = np.packbits(images, axis=1, bitorder='little')
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
@@ -337,10 +338,16 @@ def photographs(path, crop):
     return Dataset(path.stem, (3, 64, 64), {}, draw, size=len(np.load(cache, mmap_mode='r')), version=key)
 
 
+def formats():
+    """What Pillow reads, but EPS: that is a program, and reading it would run it."""
+    Image.init()
+    return [name for name in Image.OPEN if name != 'EPS']
+
+
 def is_image(name):
-    """Whether Pillow knows the ending, and no part of the path is hidden (macOS fills .zip files with such twins)."""
+    """Whether Pillow reads files of this ending, and no part of the path is hidden (macOS fills .zip files with such twins)."""
     parts = Path(name).parts
-    return (Path(name).suffix.lower() in Image.registered_extensions()
+    return (Image.registered_extensions().get(Path(name).suffix.lower()) in formats()
             and not any(part.startswith('.') or part == '__MACOSX' for part in parts))
 
 
@@ -363,7 +370,7 @@ def open_zip(path):
 
 def decode(data, crop):
     """The bytes of an image file → uint8 (64, 64, 3): upright, on white where transparent, the centred square, resized."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith('I'):                    # 16 bits a pixel; Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -391,6 +398,9 @@ def decode_all(path, names, read, crop, cache):
     need, free = len(names) * 64 * 64 * 3, shutil.disk_usage(cache.parent).free
     if need > free:
         raise ValueError(f'no room for the decoded images: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
+    for partial in cache.parent.glob(f'{cache.stem}.partial-*'):        # left by a kill: nobody writes it any more
+        if time.time() - partial.stat().st_mtime > 600:
+            partial.unlink(missing_ok=True)
     partial = cache.with_suffix(f'.partial-{os.getpid()}')
     bad, good, start, shown = [], 0, time.monotonic(), 0
     try:

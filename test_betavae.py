@@ -1,4 +1,6 @@
 """Each test compares with something independent: torch.distributions, a closed form, a brute-force loop, genuine frames."""
+import hashlib
+import itertools
 import json
 import math
 import signal
@@ -75,8 +77,8 @@ def test_schedules():
 def test_shapes_and_layers():
     model = betavae.BetaVAE(3, 6)
     x = torch.rand(2, 3, 64, 64)
-    logits, mu, logvar = model(x)
-    assert logits.shape == x.shape and mu.shape == logvar.shape == (2, 6)
+    logits, z, mu, logvar = model(x)
+    assert logits.shape == x.shape and z.shape == mu.shape == logvar.shape == (2, 6)
     assert model.decode(mu).shape == x.shape
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [32, 32, 64, 64]
@@ -197,7 +199,7 @@ def test_run_all_prints_the_eight_runs():
 
 @pytest.mark.parametrize('options', [
     '--beta -1', '--beta nan', '--beta inf', '--latents 0', '--batch 0', '--steps 0', '--lr 0', '--data nowhere',
-    '--beta-from 3', '--crop 128', '--likelihood poisson', '--device tpu', '--precision fp8', '--colour red', '--seed -1'])
+    '--beta-from 3', '--crop 128', '--gamma 5', '--capacity 5 --beta 2', '--capacity 5 --tc', '--likelihood poisson', '--device tpu', '--precision fp8', '--colour red', '--seed -1'])
 def test_bad_options_end_in_one_line(options, capsys):
     with pytest.raises(SystemExit) as stop:
         betavae.main(options.split())
@@ -233,6 +235,53 @@ def test_dsprites_are_where_and_what_the_factors_say():
     assert np.array_equal(d.images([0]), d.images([39 * 1024]))                 # orientation 39 is 0 again
 
 
+# Where 160 genuine frames (of the animation in DeepMind's repository) stand among the drawn images, and the frames' checksum.
+FRAMES = """
+491520 573440 655360 696320 614400 532480 491520 573440 655360 696320 734208 732160 730112 728064 726016 723968
+721920 719872 717824 715776 713728 711680 709632 707584 705536 703488 701440 699392 697344 696320 696322 696324
+696326 696328 696330 696332 696334 696336 696338 696340 696342 696344 696346 696348 696350 696351 696415 696479
+696543 696607 696671 696735 696799 696863 696927 696991 697055 697119 697183 697247 697311 697343 697341 697339
+697337 697335 697333 697331 697329 697327 697325 697323 697321 697319 697317 697315 697313 697312 697248 697184
+697120 697056 696992 696928 696864 696800 696736 696672 696608 696544 696480 696416 696352 696320 614400 532480
+245760 327680 409600 450560 368640 286720 245760 327680 409600 450560 488448 486400 484352 482304 480256 478208
+476160 474112 472064 470016 467968 465920 463872 461824 459776 457728 455680 453632 451584 450560 368640 286720
+0 81920 163840 204800 122880 40960 0 81920 163840 204800 242688 240640 238592 236544 234496 232448 230400 228352
+226304 224256 222208 220160 218112 216064 214016 211968 209920 207872 205824 204800 122880 40960
+"""
+FRAMES_SHA256 = '75dc01cf48e3748a94cbfc8648dd7dc88714001901eeaa334b091b570a8579c9'
+
+
+def test_drawn_dsprites_equal_160_genuine_frames_bit_for_bit():
+    images = data.load('dsprites').images([int(i) for i in FRAMES.split()])
+    assert hashlib.sha256(np.packbits(images > 0).tobytes()).hexdigest() == FRAMES_SHA256
+
+
+def test_the_official_file_loads_through_the_same_interface(monkeypatch):
+    monkeypatch.setattr(data, 'DSPRITES', dict(data.DSPRITES, shape=1, scale=1, orientation=2))        # 2,048 images
+    drawn = data.Dataset.images(data.load('dsprites'), np.arange(2048))
+    np.savez_compressed('official.npz', imgs=drawn[:, 0] // 255, metadata=np.array({'a': 1}, dtype=object))
+    official = data.load('official.npz')
+    assert np.array_equal(official.images(np.arange(2048)), drawn) and official.factor_sizes == (1, 1, 2, 32, 32)
+    Path('cut.npz').write_bytes(Path('official.npz').read_bytes()[:3000])
+    np.savez('other.npz', imgs=np.zeros((5, 64, 64), np.uint8))
+    np.savez('foreign.npz', x=np.zeros(3))
+    for name in ('cut.npz', 'other.npz', 'foreign.npz'):
+        with pytest.raises(ValueError, match=f'{name} is not the official dSprites file'):
+            data.load(name)
+
+
+def test_each_step_of_each_factor_changes_the_face_and_nothing_else_does():
+    d, rng = data.load('faces'), np.random.default_rng(0)
+    for k, size in enumerate(d.factor_sizes):
+        v = rng.integers(d.factor_sizes, size=(20, 1, len(d.factor_sizes))).repeat(size, axis=1)
+        v[:, :, k] = np.arange(size)
+        x = d.images(np.ravel_multi_index(tuple(v.reshape(-1, v.shape[2]).T), d.factor_sizes)).reshape(20, size, -1)
+        change = np.abs(np.diff(x.astype(int), axis=1))                         # (20, size − 1, pixels)
+        assert change.max(2).min() >= 6, d.factor_names[k]                      # of 255: seen at 64 × 64
+    alone = d.images(np.arange(500))                                            # an image is a function of its index
+    assert np.array_equal(alone[::7], d.images(np.arange(500)[::7]))
+
+
 def test_held_out_and_training_parts_are_apart():
     for n in (2, 18, 19, 20, 39, 1000):
         d = data.Dataset('toy', (1, 64, 64), {}, None, size=n)
@@ -256,6 +305,114 @@ def test_a_folder_and_a_zip_of_images(tmp_path):
     assert np.array_equal(z.images(np.arange(30)), d.images(np.arange(30)))
 
 
+def save(name, mode='RGB', colour=(200, 100, 50), size=(64, 64), **options):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(name, **options)
+
+
+def test_every_kind_of_picture_comes_out_right():
+    """The colour that a person sees, to within JPEG's and CMYK's rounding."""
+    save('p/a.png')
+    save('p/b.jpg', quality=95)
+    save('p/c.png', 'L', 100)
+    save('p/d.png', 'RGBA', (200, 100, 50, 0))                                  # transparent: the white behind it
+    save('p/e.jpg', 'CMYK', (0, 128, 255, 0))
+    Image.fromarray(np.full((64, 64), 257 * 77, np.uint16)).save('p/f.png')     # 16 bits
+    Image.new('RGB', (64, 64), (10, 20, 200)).quantize(4).save('p/g.gif')
+    turned = Image.new('RGB', (64, 128), 'black')
+    turned.paste('white', (0, 0, 64, 64))                                       # white above …
+    exif = turned.getexif()
+    exif[0x0112] = 6                                                            # … shown turned right by 90°: white right
+    turned.save('p/h.png', exif=exif)
+    x = data.load('p').images(np.arange(8))
+    expected = [(200, 100, 50), (200, 100, 50), (100,) * 3, (255,) * 3, (255, 127, 0), (77,) * 3, (10, 20, 200)]
+    for image, colour in zip(x, expected):
+        assert np.abs(image[:, 30, 30].astype(int) - colour).max() <= 3, colour
+    assert x[7, 0, 32, 60] == 255 and x[7, 0, 32, 3] == 0
+
+
+def test_a_cache_is_whole_or_made_again(monkeypatch):
+    for k in range(20):
+        save(f'p/{k:02}.png', colour=(k, k, k))
+    first = data.load('p').images(np.arange(20))
+    cache, = Path('cache').glob('*.npy')
+    whole = cache.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, 'decode', None)                                     # a whole one is not decoded again
+        assert np.array_equal(data.load('p').images(np.arange(20)), first)
+    cache.write_bytes(whole[:-12288])                                           # a whole image short
+    assert np.array_equal(data.load('p').images(np.arange(20)), first) and cache.read_bytes() == whole
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    save('p/20.png')                                                            # a changed source, and a kill half-way
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, 'decode', killed)
+        data.load('p')
+    assert list(Path('cache').iterdir()) == [cache]
+    assert len(data.load('p')) == 21 and len(data.load('p', crop=32)) == 21 and len(list(Path('cache').iterdir())) == 3
+
+
+def bad_sources():
+    """Every input that cannot be loaded, and a word of what is said of it."""
+    Path('empty').mkdir()
+    Path('texts').mkdir()
+    Path('texts/a.txt').write_text('no picture')
+    Path('note.txt').write_text('no picture')
+    for k in range(10):
+        save(f'broken/{k}.jpg')
+    Path('broken/5.jpg').write_bytes(Path('broken/5.jpg').read_bytes()[:400])
+    save('small/a.png', size=(50, 50))
+    bomb = bytearray(Path('broken/0.jpg').read_bytes())
+    start = bomb.index(b'\xff\xc0') + 5
+    bomb[start:start + 4] = b'\xff\xff\xff\xff'                                 # 65,535 × 65,535 pixels
+    Path('bomb').mkdir()
+    Path('bomb/a.jpg').write_bytes(bomb)
+    Path('program').mkdir()
+    Path('program/a.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit')
+    with zipfile.ZipFile('bad.zip', 'w') as archive:
+        archive.write('broken/0.jpg')
+    content = bytearray(Path('bad.zip').read_bytes())
+    content[100] ^= 255                                                         # a member whose checksum is wrong
+    Path('bad.zip').write_bytes(content)
+    with zipfile.ZipFile('locked.zip', 'w') as archive:
+        archive.write('broken/0.jpg')
+    content = bytearray(Path('locked.zip').read_bytes())
+    content[6] |= 1
+    content[content.index(b'PK\x01\x02') + 8] |= 1                              # the flag of encryption, twice
+    Path('locked.zip').write_bytes(content)
+    Path('cut.zip').write_bytes(content[:200])
+    return {'nowhere': 'no data', 'empty': 'no image', 'texts': 'no image', 'note.txt': 'neither a folder', 'broken': '5.jpg',
+            'small --crop 64': 'smaller than', 'bomb': 'a.jpg', 'program': 'a.jpg', 'bad.zip': '0.jpg',
+            'locked.zip': 'encrypted', 'cut.zip': 'whole .zip'}
+
+
+def test_bad_sources_are_named_in_one_line(capsys):
+    for source, word in bad_sources().items():
+        with pytest.raises(SystemExit) as stop:
+            betavae.main(['--data', *source.split()])
+        *skipped, error = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and source.split()[0] in error and word in error, error
+        assert all(line.startswith(('skipped', 'decoding')) for line in skipped)
+    assert not Path('runs').exists() and not any(Path('cache').iterdir())
+
+
+def test_one_bad_image_in_a_hundred_is_skipped_and_named(capsys):
+    for k in range(150):
+        save(f'p/{k:03}.png')
+    Path('p/070.png').write_bytes(b'not a picture')
+    assert len(data.load('p')) == 149 and 'skipped p: 070.png' in capsys.readouterr().err
+
+
+def test_no_room_for_the_cache(monkeypatch, capsys):
+    save('p/a.png')
+    save('p/b.png')
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda path: data.shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(SystemExit):
+        betavae.main(['--data', 'p'])
+    assert 'no room' in capsys.readouterr().err and not any(Path('cache').iterdir())
+
+
 # The metric ---------------------------------------------------------------------------------------------------------
 
 def test_the_score_of_the_true_factors_is_1_and_of_noise_is_chance():
@@ -269,3 +426,129 @@ def test_the_score_of_the_true_factors_is_1_and_of_noise_is_chance():
     noise = metrics.disentanglement_score(lambda index: rng.normal(size=(len(index), 5)), sizes, train=2000, test=2000)
     assert abs(noise - 0.25) < 0.04
     assert score == metrics.disentanglement_score(identity, sizes, train=2000, test=1000, rng=np.random.default_rng(1))
+
+
+def test_a_code_that_lacks_one_factor_still_scores_1():
+    """The flaw that Kim and Mnih (2018) name: what is left out is told by its absence."""
+    sizes = (6, 8, 10, 12)
+
+    def three_of_four(index):
+        return np.stack(np.unravel_index(index, sizes), 1)[:, 1:] / np.array(sizes[1:])
+    assert metrics.disentanglement_score(three_of_four, sizes, train=2000, test=1000) > 0.99
+
+
+def test_features_are_those_of_the_algorithm_by_brute_force():
+    """On a grid of 2 × 3 × 2 the expected |μ(x₁) − μ(x₂)| is a mean over all pairs that share factor k."""
+    sizes, factors = (2, 3, 2), np.array([0, 1])
+    code = np.random.default_rng(0).normal(size=(12, 4))
+    x, k = metrics.features(lambda i: code[i], np.array(sizes), 2000, factors, 400, np.random.default_rng(1))
+    assert set(k) == {0, 1}
+    points = list(np.ndindex(*sizes))
+    for factor in factors:
+        pairs = [(a, b) for a in range(12) for b in range(12) if points[a][factor] == points[b][factor]]
+        expected = np.mean([np.abs(code[a] - code[b]) for a, b in pairs], axis=0)
+        np.testing.assert_allclose(x[k == factor].mean(0), expected, atol=0.01)
+    one, _ = metrics.features(lambda i: np.stack(np.unravel_index(i, sizes), 1), np.array(sizes), 7, np.array([1]), 50,
+                              np.random.default_rng(2))
+    assert (one[:, 1] == 0).all() and (one[:, 0] > 0).any()                     # the shared one, and only it, never differs
+    with pytest.raises(ValueError):
+        metrics.disentanglement_score(lambda i: code[i], sizes, factors=[0, 3])
+
+
+@pytest.mark.parametrize('ridge', [1e-8, 1e-6, 1e-4])
+def test_softmax_regression_reaches_the_known_optimum(ridge):
+    """With one binary feature the model is saturated: it must predict the classes' frequencies, at cross-entropy H(k|x)."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(2, size=3000)
+    p = np.array([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5]])
+    k = (rng.random((3000, 1)) > p[x].cumsum(1)).sum(1)
+    w = metrics.softmax_regression(x[:, None].astype(float), k, 3, ridge)
+    logits = np.hstack([x[:, None], np.ones((3000, 1))]) @ w
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    h = -sum(np.mean((x == a) & (k == c)) * np.log(np.mean(k[x == a] == c)) for a in range(2) for c in range(3))
+    assert -log_p[np.arange(3000), k].mean() == pytest.approx(h, abs=2e-3 if ridge > 1e-5 else 1e-6)
+    separable = np.eye(3)[rng.integers(3, size=300)] + 0.1 * rng.normal(size=(300, 3))
+    w = metrics.softmax_regression(separable, separable.argmax(1), 3, ridge)
+    assert ((np.hstack([separable, np.ones((300, 1))]) @ w).argmax(1) == separable.argmax(1)).all()
+
+
+def test_mutual_information_gap():
+    v = np.array([(a, b) for a in range(2) for b in range(2)] * 5)
+    mig, information = metrics.mutual_information_gap(v[:, ::-1] * 3.0 - 1, v)   # by hand: z₀ is v₁, z₁ is v₀
+    np.testing.assert_allclose(information, [[0, math.log(2)], [math.log(2), 0]], atol=1e-12)
+    assert mig == pytest.approx(1)
+    half = np.where(v[:, :1] == 0, 0, v)                                         # I(z₁; v₁) = ½ ln 2, I(z₁; v₀) = by hand:
+    mig, information = metrics.mutual_information_gap(np.hstack([v[:, :1], half[:, 1:]]), v)
+    h = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)                              # H(z₁), z₁ = v₀ and v₁
+    known = h - 0.5 * math.log(2)
+    np.testing.assert_allclose(information, [[math.log(2), 0], [known, known]], atol=1e-12)
+    assert mig == pytest.approx(((math.log(2) - known) + known) / math.log(2) / 2)
+
+    rng = np.random.default_rng(0)
+    v = rng.integers((3, 6, 40), size=(20000, 3))
+    assert metrics.mutual_information_gap(v + 0.0, v)[0] > 0.99
+    assert metrics.mutual_information_gap(rng.normal(size=(20000, 5)), v)[0] < 0.01
+    factor, share = metrics.encoded_factors(v[:, [2, 0]] * -1.0, v, bins=40)
+    assert factor.tolist() == [2, 0] and (share > 0.99).all()
+
+
+def test_elbo_decomposition_sums_and_ceiling():
+    rng = np.random.default_rng(0)
+    mu, logvar = rng.normal(size=(500, 4)) * [2, 1, 0.5, 0], np.log(rng.uniform(0.01, 1, size=(500, 4)))
+    d = metrics.elbo_decomposition(mu, logvar)
+    assert d['mutual_information'] + d['total_correlation'] + d['dimension_wise_kl'].sum() == pytest.approx(d['kl'], abs=1e-9)
+    analytic = betavae.kl_per_latent(torch.from_numpy(mu), torch.from_numpy(logvar)).sum(1).mean()
+    assert abs(d['kl'] - analytic) < 4 * d['standard_error']
+    assert 0 < d['mutual_information'] <= math.log(500)
+    apart = metrics.elbo_decomposition(1000 * mu, logvar)                       # codes that never overlap: the ceiling
+    assert apart['mutual_information'] == pytest.approx(math.log(500), abs=1e-6)
+
+
+@pytest.mark.parametrize('correlation', [0.0, 0.8])
+def test_total_correlation_of_a_gaussian(correlation):
+    """− ½ ln det of the correlation matrix: the means and the posterior's noise add up to a Gaussian q(z)."""
+    rng, noise = np.random.default_rng(0), 0.2
+    mu = rng.multivariate_normal([0, 0], [[1 - noise, correlation], [correlation, 1 - noise]], size=2500)
+    d = metrics.elbo_decomposition(mu, np.full((2500, 2), math.log(noise)))
+    assert d['total_correlation'] == pytest.approx(-0.5 * math.log(1 - correlation ** 2), abs=0.04)
+
+
+def test_minibatch_estimate_of_q_is_unbiased_and_exact_for_the_whole_set():
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    z = mu + torch.exp(0.5 * logvar) * torch.randn(6, 2, dtype=torch.float64)
+    q = torch.stack([torch.stack([Normal(m, s).log_prob(a).sum().exp() for m, s in zip(mu, (0.5 * logvar).exp())]) for a in z])
+    for m in (2, 3, 6):                         # all batches of M images that hold image 0
+        batches = [(0, *rest) for rest in itertools.combinations(range(1, 6), m - 1)]
+        weights = betavae.log_weights(m, 6).exp()[0]
+        estimates = [sum(w * q[0, i] for w, i in zip(weights, b)) for b in batches]
+        assert torch.stack(estimates).mean().item() == pytest.approx(q[0].mean().item(), rel=1e-6)
+    marginals = torch.stack([torch.stack([Normal(mu[:, j], (0.5 * logvar[:, j]).exp()).log_prob(a[j]).exp().mean() for j in range(2)])
+                             for a in z])
+    expected = (q.mean(1).log() - marginals.log().sum(1)).mean()
+    torch.testing.assert_close(betavae.total_correlation(z, mu, logvar, 6), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_objectives():
+    """β-TCVAE with β = 1 is the VAE; capacity is reached from both sides."""
+    z, mu, logvar = torch.randn(3, 8, 5)
+    args = betavae.training_parser().parse_args(['--tc'])
+    kl = betavae.kl_per_latent(mu, logvar).mean(0)
+    torch.testing.assert_close(betavae.penalty(args, 1.0, z, mu, logvar, 100), (kl.sum(), kl))
+    more = betavae.penalty(args, 3.0, z, mu, logvar, 100)[0]
+    torch.testing.assert_close(more, kl.sum() + 2 * betavae.total_correlation(z, mu, logvar, 100))
+    args = betavae.training_parser().parse_args(['--capacity', '9', '--gamma', '10'])
+    for c in (0.0, 1000.0):
+        torch.testing.assert_close(betavae.penalty(args, c, z, mu, logvar, 100)[0], 10 * abs(kl.sum() - c))
+
+
+def test_pca_and_ica_find_what_is_there():
+    """PCA whitens; ICA recovers independent uniform sources from their mixture, up to order and sign."""
+    rng = np.random.default_rng(0)
+    sources = rng.uniform(-1, 1, size=(5000, 3))
+    x = np.hstack([sources @ rng.normal(size=(3, 6)), 1e-3 * rng.normal(size=(5000, 1))])
+    mean, matrix = metrics.pca(x, 3)
+    np.testing.assert_allclose(np.cov((x - mean) @ matrix, rowvar=False), np.eye(3), atol=1e-6)
+    mean, matrix = metrics.fast_ica(x, 3)
+    correlation = np.abs(np.corrcoef(((x - mean) @ matrix).T, sources.T)[:3, 3:])
+    assert (correlation.max(1) > 0.99).all() and set(correlation.argmax(1)) == {0, 1, 2}
