@@ -7,6 +7,7 @@
     python betavae.py --beta 100 --anneal 40000         train; pictures, a log and checkpoints land in runs/
     python betavae.py compare runs/A runs/B             one sheet and one table of several runs
     python betavae.py score runs/A                      the disentanglement metric of a finished run
+    python betavae.py table runs/A runs/B               the paper's table: the metric of codes without a network, and of runs
 
     from betavae import load
     model = load('runs/A')
@@ -22,6 +23,7 @@ import csv
 import ctypes
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -192,7 +194,12 @@ def train(args):
     # A checkpoint is this dictionary. The random state is the seed together with the step.
     state = dict(step=0, seed=args.seed, seconds=0.0, recent=torch.zeros(ROW, 2 + args.latents), frames={})
     if (run / 'checkpoint.pt').exists():
-        state = resume(run, model, optimiser)
+        state, trained = read_checkpoint(run)
+        try:
+            model.load_state_dict(trained.state_dict())
+            optimiser.load_state_dict(state['optimiser'])
+        except (RuntimeError, ValueError, KeyError):
+            raise datasets.Unusable(f'{run}/checkpoint.pt is of another model. To begin anew, delete {run}') from None
         if state['step'] >= args.steps:
             return print(f"{run} is finished: {state['step']:,} steps. More --steps trains on; to begin anew, delete it.")
         print(f"going on from step {state['step']:,}")
@@ -222,8 +229,10 @@ def train(args):
 
             recent[step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
             done, now, means = step + 1, time.monotonic(), recent[:step % ROW + 1].mean(0)
-            if done % ROW == 0 or done == args.steps:
+            save_due = done in pictured(args.steps) or now - saved > SAVE_SECONDS or interrupted
+            if device.type == 'cpu' or save_due or done % ROW == 0:             # elsewhere a look at it would stall each step
                 check_finite(recent, done, run)
+            if done % ROW == 0 or done == args.steps:
                 seconds = watch.read() - row_start
                 with watch.paused(), precision():
                     held = evaluate(model, held_out[::8], args, beta)
@@ -236,7 +245,7 @@ def train(args):
                 with watch.paused():
                     frames[done] = means_of(model, model.encode(as_input(held_out[:8]))[0])
                     summary = draw(run, args, model, held_out, frames, watch.seconds)
-            if done in pictured(args.steps) or now - saved > SAVE_SECONDS or interrupted:
+            if save_due:
                 with watch.paused():
                     write(run / 'checkpoint.pt', lambda file: torch.save(dict(
                         step=done, seed=args.seed, seconds=watch.seconds, recent=recent, frames=frames,
@@ -275,8 +284,9 @@ def check_finite(recent, done, run):
         terms = ['loss', 'reconstruction'] + [f'KL of z{j}' for j in range(recent.shape[1] - 2)]
         term = terms[int(bad[row].nonzero()[-1])]
         step = (done - 1) // ROW * ROW + row + 1
-        fail(f'the {term} is {recent[row][bad[row]][-1]} at step {step:,}. Try a smaller --lr or --beta, or --warmup 1000; '
-             f'{run}/checkpoint.pt is the last good one', code=1)
+        kept = f'{run}/checkpoint.pt is the last good one' if (run / 'checkpoint.pt').exists() else 'nothing was saved yet'
+        fail(f'the {term} is {recent[row][bad[row]][-1]} at step {step:,}; {kept}. Try a smaller --lr or --beta, or --warmup 1000',
+             code=1)
 
 
 def say(done, args, beta, means, steps_per_second):
@@ -330,13 +340,22 @@ def keep_freed_memory():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def write(path, content):
-    """Replace a file by bytes, or by what a function writes to it, atomically: there is always a whole one."""
+    """Replace a file by bytes, or by what a function writes to a buffer, atomically: there is always a whole one."""
+    if callable(content):
+        buffer = io.BytesIO()
+        content(buffer)
+        content = buffer.getvalue()
     partial = path.with_name(path.name + '.partial')
-    with open(partial, 'wb') as file:
-        content(file) if callable(content) else file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def settings(args):
@@ -345,25 +364,23 @@ def settings(args):
     return {name: getattr(args, name) for name in OPTIONS} | {'versions': versions}
 
 
-def resume(run, model, optimiser):
-    """Load the checkpoint into model and optimiser; returns it."""
-    path = run / 'checkpoint.pt'
+def read_checkpoint(run):
+    """The checkpoint of a run and a model with its weights. Raises Unusable for a file that is no whole checkpoint."""
+    path = Path(run) / 'checkpoint.pt'
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)         # executes nothing that it finds there
+        model = BetaVAE(state['model']['decoder.11.bias'].numel(), state['model']['decoder.0.weight'].shape[1])
         model.load_state_dict(state['model'])
-        optimiser.load_state_dict(state['optimiser'])
-        return {name: state[name] for name in ('step', 'seconds', 'recent', 'frames')}
-    except Exception as error:                                                  # any of a dozen kinds, by what is broken
-        fail(f'{path} is not a checkpoint of this model ({type(error).__name__}); it is left as it is: to begin anew, '
-             f'delete {run}', code=1)
+        assert state['recent'].shape == (ROW, 2 + model.latents) and {'step', 'seconds', 'frames', 'optimiser'} <= state.keys()
+        return state, model
+    except Exception as error:                                                  # one of a dozen kinds, by what is broken
+        raise datasets.Unusable(f'{path} is no whole checkpoint of this program ({type(error).__name__}); it is left as it is. '
+                         f'To begin anew, delete {run}') from None
 
 
 def load(run):
     """The trained model of a run folder: a BetaVAE in float32 on the CPU, ready to encode and decode."""
-    state = torch.load(Path(run) / 'checkpoint.pt', map_location='cpu', weights_only=True)['model']
-    model = BetaVAE(state['decoder.11.bias'].numel(), state['decoder.0.weight'].shape[1])
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+    return read_checkpoint(run)[1].eval().requires_grad_(False)
 
 
 def header(latents):
@@ -376,13 +393,15 @@ def append_row(path, done, beta, means, held, speed):
     row = [beta, loss, recon, sum(kl), *kl, held_loss, held_recon, sum(held_kl), round(speed)]
     with open(path, 'a', newline='') as file:
         file.write(','.join([str(done), *(f'{value:.7g}' for value in row)]) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cut_log(path, step, latents):
     """Begin log.csv, or drop its rows past the checkpoint that training goes on from (and a last row between two others)."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines[1:] if line and int(line.split(',')[0]) <= step and int(line.split(',')[0]) % ROW == 0]
-    write(path, '\n'.join([','.join(header(latents)), *kept, '']).encode())
+    rows = [line.split(',') for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    rows = [row for row in rows if len(row) == len(header(latents)) and int(row[0]) <= step and int(row[0]) % ROW == 0]
+    write(path, ''.join(','.join(row) + '\n' for row in [header(latents), *rows]).encode())
 
 
 def read_log(run):
@@ -473,7 +492,8 @@ def chart(panels, size=(460, 320)):
         ys = ys[np.isfinite(ys)] if np.isfinite(ys).any() else np.zeros(1)
         x0, x1 = xs.min(), max(xs.max(), xs.min() + 1e-9)
         y0, y1 = panel.get('limits', (ys.min(), ys.max()))
-        y0, y1 = (y0 - 0.04 * (y1 - y0), y1 + 0.06 * (y1 - y0)) if y1 > y0 else (y0 - 1, y1 + 1)
+        spare = (y1 - y0) or abs(y0) or 20.0
+        y0, y1 = y0 - 0.05 * spare, y1 + 0.05 * spare
         along = np.log if log else np.asarray
 
         def px(x):
@@ -635,35 +655,133 @@ def compare(argv):
     print(f'\n{out / "comparison.png"} and {out / "comparison.md"} are written')
 
 
+def encoder_of(model, data):
+    """The function that the metric takes: indices → μ (n, J). Up to a million images are encoded once and then looked up."""
+    def encode(index):
+        parts = np.array_split(index, math.ceil(len(index) / 4096))
+        return torch.cat([codes_of(model, torch.from_numpy(data.images(part)))[0] for part in parts]).numpy()
+    if len(data) > 10 ** 6:
+        return encode
+    codes = encode(np.arange(len(data)))
+    return lambda index: codes[index]
+
+
+def integers(text):
+    return [number(int, 1, 10 ** 6)(word) for word in text.split(',')]
+
+
 def score(argv):
     """The disentanglement metric of finished runs; it is added to their summary.json."""
-    parser = Parser(prog='betavae.py score', description='Score finished runs by the linear-classifier metric of Higgins et al. 2017.')
+    parser = Parser(prog='betavae.py score', description='Score runs by the linear-classifier metric of Higgins et al. 2017.')
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
-    parser.add_argument('--pairs', type=number(int, 1, 10000), default=64, help='L, pairs averaged for one training point (default %(default)s)')
-    parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points of the classifier (default %(default)s)')
-    parser.add_argument('--factors', type=lambda text: [int(k) for k in text.split(',')], metavar='K,K…',
-                        help='factors to choose among, by number; without 0 (shape) dSprites has K = 4 (default: all)')
-    parser.add_argument('--seed', type=number(int, 0, 2 ** 32), default=0)
+    parser.add_argument('--pairs', type=integers, default=[64], metavar='L,…', help='pairs averaged for one point (default 64)')
+    parser.add_argument('--factors', type=integers, default=[None], metavar='K,…',
+                        help='the last K factors may be chosen: dSprites with 4 is without shape (default: all)')
+    parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points (default %(default)s)')
+    parser.add_argument('--seed', type=number(int, 0, 2 ** 32), default=0, help='(default %(default)s)')
     args = parser.parse_args(argv)
     for run in args.runs:
         s, summary, data, model = finished(run)
         if not data.factor_sizes:
             fail(f'{run} was trained on images whose factors are unknown: the metric needs them (faces, dsprites)')
-        factors = args.factors or list(range(len(data.factor_sizes)))
-        if not set(factors) <= set(range(len(data.factor_sizes))):
-            fail(f'--factors takes numbers from 0 to {len(data.factor_sizes) - 1}: {", ".join(data.factor_names)}')
+        if not all(2 <= (K or 2) <= len(data.factor_sizes) for K in args.factors):
+            fail(f'--factors takes 2 to {len(data.factor_sizes)}: how many of {", ".join(data.factor_names)}, from the last')
+        encode = encoder_of(model, data)
+        for K, L in itertools.product(args.factors, args.pairs):
+            K = K or len(data.factor_sizes)
+            accuracy = metrics.disentanglement_score(
+                encode, data.factor_sizes, pairs=L, factors=range(len(data.factor_sizes))[-K:], train=args.train,
+                test=args.train // 2, rng=np.random.default_rng(args.seed))
+            summary.setdefault('scores', []).append(dict(
+                score=accuracy, L=L, K=K, factors=data.factor_names[-K:], train=args.train, test=args.train // 2, seed=args.seed))
+            write(run / 'summary.json', json.dumps(summary, indent=1).encode())
+            print(f'{run}: {accuracy:.2%} with L = {L}, K = {K}, {args.train:,} training points', flush=True)
 
-        def encode(index):
-            return torch.cat([codes_of(model, torch.from_numpy(data.images(part)))[0]
-                              for part in np.array_split(index, math.ceil(len(index) / 4096))]).numpy()
-        test = args.train // 2
-        accuracy = metrics.disentanglement_score(encode, data.factor_sizes, pairs=args.pairs, factors=factors,
-                                                 train=args.train, test=test, rng=np.random.default_rng(args.seed))
-        entry = dict(score=accuracy, L=args.pairs, K=len(factors), factors=[data.factor_names[k] for k in factors],
-                     train=args.train, test=test, seed=args.seed)
-        summary.setdefault('scores', []).append(entry)
-        write(run / 'summary.json', json.dumps(summary, indent=1).encode())
-        print(f'{run}: {accuracy:.2%} with L = {args.pairs}, K = {len(factors)}, {args.train:,} training and {test:,} test points')
+
+# Accuracy in %, Higgins et al. 2017, table 1 (fully connected network; their L and K are not certain).
+PUBLISHED = {'ground truth': 100, 'raw pixels': 45.75, 'PCA': 84.9, 'ICA': 42.03, 'untrained VAE': 44.14, 'VAE': 61.58, 'β-VAE': 99.23}
+
+
+def table(argv):
+    """The paper's table: the score of codes that need no network, of an untrained one, and of runs, against L and K."""
+    parser = Parser(prog='betavae.py table', description="The table of Higgins et al. 2017, with the MIG, for the K and L asked.")
+    parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='finished runs on dsprites; those that differ in seed only are one row')
+    parser.add_argument('--pairs', type=integers, default=[1, 5, 20, 64, 200], metavar='L,…', help='(default 1,5,20,64,200)')
+    parser.add_argument('--factors', type=integers, default=[4, 5], metavar='K,…', help='the last K factors may be chosen (default 4,5)')
+    parser.add_argument('--seeds', type=number(int, 1, 100), default=3, help='of the rows that are no runs (default %(default)s)')
+    parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points (default %(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('results'), help='folder of metric.json, .md and .png (default %(default)s)')
+    args = parser.parse_args(argv)
+    if not set(args.factors) <= {2, 3, 4, 5}:
+        fail('--factors takes 2 to 5: how many of the factors of dsprites, from the last')
+    data = load_data('dsprites')
+    v = np.stack(np.unravel_index(np.arange(len(data)), data.factor_sizes), 1)              # (N, 5)
+
+    def pixels(index):
+        return data.images(index).reshape(len(index), -1).astype(np.float32) / 255
+
+    def linear(fit):
+        def encoder(seed):
+            rng = np.random.default_rng(seed)
+            mean, matrix = fit(rng, pixels(rng.integers(len(data), size=10000)))
+            codes = np.concatenate([(pixels(part) - mean) @ matrix for part in np.array_split(np.arange(len(data)), 200)])
+            return lambda index: codes[index]
+        return encoder
+
+    def untrained(seed):
+        torch.manual_seed(seed)
+        return encoder_of(BetaVAE(1, 10).to(memory_format=torch.channels_last), data)
+    rows = [('ground truth', s, lambda _: lambda i: v[i] / data.factor_sizes) for s in range(args.seeds)]
+    rows += [('raw pixels', s, lambda _: pixels) for s in range(args.seeds)]
+    rows += [('PCA', s, linear(lambda rng, x: metrics.pca(x))) for s in range(args.seeds)]
+    rows += [('ICA', s, linear(lambda rng, x: metrics.fast_ica(x, rng=rng))) for s in range(args.seeds)]
+    rows += [('untrained', s, untrained) for s in range(args.seeds)]
+    for run in args.runs:
+        s, summary, on, model = finished(run)
+        if on.name != 'dsprites':
+            fail(f'{run} was trained on {s["data"]}; the table is of dsprites')
+        kind = 'β-TCVAE' if s['tc'] else f"capacity {s['capacity']:g}" if s['capacity'] is not None else 'VAE' if s['beta'] == 1 else 'β-VAE'
+        label = f"{kind} (β {s['beta']:g}, {summary['steps']:,} steps)"
+        rows.append((label, s['seed'], functools.partial(lambda model, _: encoder_of(model, data), model)))
+
+    # Each score is written as soon as it is there, and not computed again.
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / 'metric.json'
+    found = json.loads(path.read_text('utf-8')) if path.exists() else {}
+    cells = list(itertools.product(args.factors, args.pairs))
+    for label, seed, encoder in rows:
+        scores, encode = found.setdefault(f'{label} | {seed}', {}), None
+        wanted = [f'K {K}, L {L}, {args.train} points' for K, L in cells] + ['MIG'] * (label != 'raw pixels')
+        for cell, (K, L) in zip(wanted, cells + [(None, None)]):
+            if cell in scores:
+                continue
+            encode = encode or encoder(seed)
+            if cell == 'MIG':
+                scores[cell] = metrics.mutual_information_gap(encode(np.arange(len(data))), v)[0]
+            else:
+                scores[cell] = metrics.disentanglement_score(encode, data.factor_sizes, pairs=L, factors=range(5)[-K:],
+                                                             train=args.train, test=args.train // 2, rng=np.random.default_rng(seed))
+            write(path, json.dumps(found, indent=1, ensure_ascii=False).encode())
+            print(f'{label}, seed {seed}: {cell}: {scores[cell]:.4f}', flush=True)
+
+    labels = list(dict.fromkeys(label for label, _, _ in rows))
+    of = lambda label, cell: np.array([found[f'{name} | {seed}'].get(cell, np.nan) for name, seed, _ in rows if name == label])
+    show = lambda x, scale: '' if np.isnan(x).any() else f'{scale * x.mean():.{1 if scale > 1 else 3}f} ± {scale * x.std(ddof=len(x) > 1):.{1 if scale > 1 else 3}f}'
+    lines = ['| code | seeds | ' + ' | '.join(f'K = {K}, L = {L}' for K, L in cells) + ' | MIG |', '|' + '---|' * (len(cells) + 3)]
+    for label in labels:
+        values = [show(of(label, f'K {K}, L {L}, {args.train} points'), 100) for K, L in cells]
+        lines.append(f"| {label} | {len(of(label, ''))} | {' | '.join(values)} | {show(of(label, 'MIG'), 1)} |")
+    write(args.out / 'metric.md', '\n'.join([*lines, '']).encode())
+    panels = []
+    for K in args.factors:
+        series = {}
+        for label in labels:
+            x = np.array([of(label, f'K {K}, L {L}, {args.train} points') for L in args.pairs]) * 100      # (L, seeds)
+            series[label.replace('β', 'beta')] = (args.pairs, x.mean(1), x.std(1, ddof=min(1, x.shape[1] - 1)))
+        panels.append(dict(title=f'accuracy in %, K = {K}', x='L (pairs averaged for one point)', series=series, log_x=True,
+                           limits=(0, 100), lines={f"{name.replace('β', 'beta')}, 2017": y for name, y in PUBLISHED.items() if y < 100}))
+    save_picture(args.out / 'metric.png', chart(panels, size=(600, 480)))
+    print('\n'.join(lines))
 
 
 def finished(run):
@@ -684,7 +802,10 @@ def fail(message, code=2):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse, with errors of one line and no abbreviations."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         fail(f'{message} (see --help)')
@@ -701,12 +822,13 @@ def number(kind, low, high):
     return parse
 
 
+COMMANDS = dict(compare=compare, score=score, table=table)
 OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'tc', 'capacity', 'gamma', 'likelihood', 'steps', 'batch', 'lr', 'warmup', 'seed',
            'device', 'precision']
 
 
 def training_parser():
-    parser = Parser(prog='betavae.py', description='Train a β-VAE. Other commands: compare RUN…, score RUN… (each has --help).')
+    parser = Parser(prog='betavae.py', description='Train a β-VAE. Other commands: compare, score, table (each has --help).')
     whole, real = number(int, 0, 10 ** 9), number(float, 0, 1e30)
     some = number(int, 1, 10 ** 9)
     g = parser.add_argument_group('data (x)')
@@ -749,6 +871,8 @@ def settle(args, parser):
         words = [k if v is True else f'{k}{v:g}' if isinstance(v, float) else f'{k}{v}' for k in OPTIONS
                  if (v := getattr(args, k)) != parser.get_default(k) and k not in ('data', 'beta', 'steps', 'device', 'precision')]
         args.run = str(Path('runs', '-'.join([Path(args.data).stem, f'beta{args.beta:g}', *words]).replace('_', '')))
+    if Path(args.run).exists() and not Path(args.run).is_dir():
+        fail(f'--run {args.run} is a file; give a folder')
     path = Path(args.run, 'settings.json')
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
@@ -795,8 +919,8 @@ def main(argv=None):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')                                # β in a C locale
     try:
-        if argv and argv[0] in ('compare', 'score'):
-            return dict(compare=compare, score=score)[argv[0]](argv[1:])
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
         parser = training_parser()
         args = parser.parse_args(argv)
         settle(args, parser)
@@ -809,7 +933,7 @@ def main(argv=None):
         fail('interrupted', code=130)
     except OSError as error:
         fail(f'{error.strerror or error}: {error.filename or args.run}', code=1)
-    except ValueError as error:
+    except datasets.Unusable as error:
         fail(str(error))
 
 

@@ -25,6 +25,10 @@ ALL_ON = np.uint64(2 ** 64 - 1)
 HOLD = 19       # every 19th image is held out: prime to every factor's size, so both parts hold every value of every factor
 
 
+class Unusable(ValueError):
+    """A file or folder that cannot be used. Its message is one line: what, where, what to do."""
+
+
 class Dataset:
     """N images with K known factors (K = 0 for photographs).
 
@@ -45,11 +49,11 @@ class Dataset:
         Raises IndexError for an array with an index outside 0 … N − 1.
         """
         if torch.is_tensor(index):
-            return self.draw(index)
+            return torch.cat([self.draw(part) for part in index.split(256)]) if len(index) > 256 else self.draw(index)
         index = np.asarray(index, dtype=np.int64)
         if index.size and not (0 <= index.min() and index.max() < len(self)):
             raise IndexError(f'{self.name} has images 0 to {len(self) - 1}, not {index.min()} to {index.max()}')
-        return self.draw(torch.from_numpy(index)).numpy()
+        return self.images(torch.from_numpy(index)).numpy()
 
     def train_index(self, i):
         """The i-th index of the training part, i in 0 … train_size − 1 (array or tensor)."""
@@ -69,19 +73,19 @@ def load(source, crop=None):
     """The data set called `source`: 'faces', 'dsprites', the path of a folder or .zip of images, or of the dSprites .npz.
 
     crop: side of the centred square cut from people's own images before they are resized (CelebA: 128); the largest
-    if None. Raises ValueError, with a message of one line, for whatever cannot be loaded.
+    if None. Raises Unusable for whatever cannot be loaded.
     """
     if source in ('faces', 'dsprites'):
         if crop is not None:
-            raise ValueError(f'--crop is for your own images; {source} is drawn at 64 × 64')
+            raise Unusable(f'--crop is for your own images; {source} is drawn at 64 × 64')
         return faces() if source == 'faces' else dsprites()
     path = Path(source)
     if not path.exists():
-        raise ValueError(f'no data at {source}: give faces, dsprites, or the path of a folder, .zip or dSprites .npz')
+        raise Unusable(f'no data at {source}: give faces, dsprites, or the path of a folder, .zip or dSprites .npz')
     if path.suffix == '.npz':
         return dsprites(path)
     if not path.is_dir() and not zipfile.is_zipfile(path):
-        raise ValueError(f'{source} is neither a folder nor a whole .zip of images')
+        raise Unusable(f'{source} is neither a folder nor a whole .zip of images')
     return photographs(path, crop)
 
 
@@ -178,7 +182,7 @@ def read_dsprites(path):
                 images = np.frombuffer(file.read(4096 * 4096), np.uint8).reshape(-1, 4096)
                 table[start:start + 4096] = np.packbits(images, axis=1, bitorder='little')
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f'{path} is not the official dSprites file, or is cut short ({error})') from None
+        raise Unusable(f'{path} is not the official dSprites file, or is cut short ({error})') from None
     return table
 
 
@@ -323,7 +327,7 @@ def photographs(path, crop):
     """A folder (any depth) or .zip of images, each decoded once into `cache/`: (3, 64, 64), no known factors."""
     names, read, key = open_folder(path) if path.is_dir() else open_zip(path)
     if not names:
-        raise ValueError(f'{path} holds no image that Pillow knows by its ending (.jpg, .png …)')
+        raise Unusable(f'{path} holds no image that Pillow knows by its ending (.jpg, .png …)')
     key = hashlib.sha256(repr((key, crop, 'cache 1')).encode()).hexdigest()[:16]
     cache = Path('cache', f'{path.stem}-{key}.npy').absolute()
     try:
@@ -361,10 +365,13 @@ def open_folder(path):
 
 def open_zip(path):
     """The images in a .zip: as open_folder."""
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise Unusable(f'{path} is not a whole .zip ({error})') from None
     members = sorted((m for m in archive.infolist() if is_image(m.filename)), key=lambda m: m.filename)
     if any(m.flag_bits & 1 for m in members):
-        raise ValueError(f'{path} is encrypted: unpack it and give the folder')
+        raise Unusable(f'{path} is encrypted: unpack it and give the folder')
     return [m.filename for m in members], archive.read, [(m.filename, m.file_size, m.CRC) for m in members]
 
 
@@ -397,7 +404,7 @@ def decode_all(path, names, read, crop, cache):
     cache.parent.mkdir(parents=True, exist_ok=True)
     need, free = len(names) * 64 * 64 * 3, shutil.disk_usage(cache.parent).free
     if need > free:
-        raise ValueError(f'no room for the decoded images: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
+        raise Unusable(f'no room for the decoded images: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
     for partial in cache.parent.glob(f'{cache.stem}.partial-*'):        # left by a kill: nobody writes it any more
         if time.time() - partial.stat().st_mtime > 600:
             partial.unlink(missing_ok=True)
@@ -426,7 +433,7 @@ def decode_all(path, names, read, crop, cache):
                     print(f'decoding {path}: {done:,} of {len(names):,} images, {left:.0f} s left', file=sys.stderr)
             header()
         if len(bad) > len(names) / 100:
-            raise ValueError(f'{path}: {len(bad)} of {len(names)} images are unreadable, more than 1 %; the first: {bad[0]}')
+            raise Unusable(f'{path}: {len(bad)} of {len(names)} images are unreadable, more than 1 %; the first: {bad[0]}')
         os.replace(partial, cache)
     finally:
         partial.unlink(missing_ok=True)

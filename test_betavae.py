@@ -1,10 +1,16 @@
 """Each test compares with something independent: torch.distributions, a closed form, a brute-force loop, genuine frames."""
+import errno
 import hashlib
 import itertools
 import json
 import math
+import os
+import pickle
+import shutil
 import signal
 import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -184,9 +190,10 @@ def test_comparison_and_score():
     Image.open('runs/comparison.png').load()
     table = Path('runs/comparison.md').read_text().splitlines()
     assert len(table) == 4 and '| a | 1 | 30 |' in table[2]
-    betavae.main(['score', 'runs/a', '--pairs', '2', '--train', '200', '--factors', '1,2,3,4'])
+    betavae.main(['score', 'runs/a', '--pairs', '2', '--train', '200', '--factors', '4'])
     entry, = json.loads(Path('runs/a/summary.json').read_text())['scores']
     assert (entry['L'], entry['K'], entry['train']) == (2, 4, 200) and 0 <= entry['score'] <= 1
+    assert entry['factors'] == ['scale', 'orientation', 'x position', 'y position']
 
 
 def test_run_all_prints_the_eight_runs():
@@ -197,15 +204,160 @@ def test_run_all_prints_the_eight_runs():
     assert '--beta-from 10000 --beta 1 --anneal 100000 --steps 125000' in lines[7]
 
 
-@pytest.mark.parametrize('options', [
-    '--beta -1', '--beta nan', '--beta inf', '--latents 0', '--batch 0', '--steps 0', '--lr 0', '--data nowhere',
-    '--beta-from 3', '--crop 128', '--gamma 5', '--capacity 5 --beta 2', '--capacity 5 --tc', '--likelihood poisson', '--device tpu', '--precision fp8', '--colour red', '--seed -1'])
+BAD_OPTIONS = """
+    --beta -1 | --beta nan | --beta inf | --beta -inf | --beta 1e31 | --beta four | --beta | --beta 1,5
+    --beta-from 3 | --beta-from -1 --anneal 5 | --beta-from nan --anneal 5 | --anneal -1 | --anneal 1.5 | --anneal 1e4 | --anneal inf
+    --latents 0 | --latents -3 | --latents 4097 | --latents 2.5 | --latents nan | --latents ten
+    --batch 0 | --batch -64 | --batch 65537 | --batch 1e2 | --batch nan | --steps 0 | --steps -1 | --steps 10000000000 | --steps inf
+    --lr 0 | --lr -0.1 | --lr nan | --lr inf | --lr 1e7 | --warmup -1 | --warmup 0.5 | --warmup nan
+    --seed -1 | --seed 4294967296 | --seed 1.5 | --seed abc | --crop 0 | --crop -5 | --crop 128 | --crop 64.5
+    --data nowhere | --data dsprites --crop 64 | --data nowhere.zip | --data nowhere.npz
+    --likelihood poisson | --likelihood | --device tpu | --device cuda | --device cuda:9 | --precision fp8 | --precision fp16
+    --tc --capacity 5 | --capacity -1 | --capacity nan | --capacity 5 --beta 2 | --capacity 5 --beta-from 1 --anneal 9
+    --gamma 5 | --gamma -1 --capacity 5 | --gamma nan --capacity 5 | --colour red | --bet 3 | surplus | compare | score | table --pairs 0
+    compare nowhere | score nowhere | score nowhere --pairs 0 | score nowhere --pairs x | score nowhere --train 1 | table nowhere
+    table --factors 1 | table --factors 6 | table --seeds 0
+"""
+
+
+@pytest.mark.parametrize('options', [o.strip() for line in BAD_OPTIONS.split('\n') for o in line.split('|') if o.strip()])
 def test_bad_options_end_in_one_line(options, capsys):
+    if 'cuda' in options and torch.cuda.is_available():
+        pytest.skip('there is one here')
     with pytest.raises(SystemExit) as stop:
         betavae.main(options.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith('betavae: ') and error.count('\n') == 1
     assert not list(Path().iterdir())
+
+
+# Sturdiness ---------------------------------------------------------------------------------------------------------
+
+SMALL = ['--latents', 3, '--batch', 8]
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """No pictures: for tests of the loop alone."""
+    monkeypatch.setattr(betavae, 'draw', lambda *_: dict(collapsed=False))
+
+
+def test_killed_at_any_moment_it_ends_as_an_unbroken_run():
+    """kill -9 at random moments, checkpoints every moment, also in the middle of writing one."""
+    program = (f'import sys; sys.path.insert(0, {str(HERE)!r}); import betavae; betavae.SAVE_SECONDS = 0.05; '
+               'betavae.main(sys.argv[1:])')
+    command = [sys.executable, '-c', program, *map(str, SMALL), '--steps', '150']
+    subprocess.run([*command, '--run', 'unbroken'], check=True, stdout=subprocess.DEVNULL)
+    rng, starts = np.random.default_rng(0), []
+    for kill in range(40):
+        process = subprocess.Popen([*command, '--run', 'killed'], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith('going on'):
+                starts.append(int(line.split()[-1]))
+            if line.startswith('step') and kill < 4:                            # it trains: kill it in a moment
+                time.sleep(rng.uniform(0, 0.8))
+                process.kill()
+        if process.wait() == 0:
+            break
+    assert len(starts) >= 3 and starts == sorted(starts) and starts[-1] > 0
+    assert same(weights('unbroken'), weights('killed'))
+    a, b = betavae.read_log('unbroken'), betavae.read_log('killed')
+    assert all(np.array_equal(a[k], b[k]) for k in a if k != 'images_per_second')
+    assert Path('unbroken/training.gif').read_bytes() == Path('killed/training.gif').read_bytes()
+
+
+def test_a_broken_or_foreign_checkpoint_is_refused_and_kept(capsys, quick_pictures):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (Path('executed'),)
+    train('--run', 'a', *SMALL, steps=3)
+    good = Path('a/checkpoint.pt').read_bytes()
+    other = torch.load('a/checkpoint.pt', weights_only=True)
+    other['model'] = betavae.BetaVAE(3, 5).state_dict()
+    torch.save(other, 'other.pt')
+    torch.save({'step': 3}, 'foreign.pt')
+    contents = [b'', good[:1000], good[:-100], np.random.default_rng(0).bytes(5000), pickle.dumps(Evil()), pickle.dumps({'model': Evil()}),
+                Path('other.pt').read_bytes(), Path('foreign.pt').read_bytes()]
+    for content in contents:
+        Path('a/checkpoint.pt').write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            train('--run', 'a', *SMALL, steps=5)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and 'a/checkpoint.pt' in error and 'delete a' in error and error.count('\n') == 1
+        assert Path('a/checkpoint.pt').read_bytes() == content and not Path('executed').exists()
+    Path('a/settings.json').write_text('{"beta": ')
+    with pytest.raises(SystemExit):
+        train('--run', 'a', *SMALL, steps=5)
+    assert 'settings.json cannot be read' in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(capsys, monkeypatch, quick_pictures):
+    train('--run', 'a', *SMALL, steps=3)
+    before = Path('a/checkpoint.pt').read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(betavae.os, 'fsync', full)
+    with pytest.raises(SystemExit) as stop:
+        train('--run', 'a', *SMALL, steps=6)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and 'No space left on device' in error and error.count('\n') == 1
+    assert Path('a/checkpoint.pt').read_bytes() == before and not list(Path('a').glob('*.partial'))
+
+
+def test_a_run_folder_removed_under_it_or_in_the_way(capsys, monkeypatch, quick_pictures):
+    monkeypatch.setattr(betavae, 'check_finite', lambda recent, done, run: shutil.rmtree(run))
+    with pytest.raises(SystemExit) as stop:
+        train('--run', 'a', *SMALL, steps=3)
+    assert stop.value.code == 1 and 'No such file or directory: a' in capsys.readouterr().err
+    Path('file').write_text('')
+    with pytest.raises(SystemExit) as stop:
+        train('--run', 'file')
+    assert stop.value.code == 2 and 'file is a file' in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys, monkeypatch, quick_pictures):
+    train('--run', 'a', *SMALL, steps=3)
+    before = Path('a/checkpoint.pt').read_bytes()
+
+    def spoilt(mu, logvar, kl=betavae.kl_per_latent):
+        return kl(mu, logvar) * torch.tensor([1, 1, math.nan])
+    monkeypatch.setattr(betavae, 'kl_per_latent', spoilt)
+    with pytest.raises(SystemExit) as stop:
+        train('--run', 'a', *SMALL, steps=6)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and 'the KL of z2 is nan at step 4' in error and 'checkpoint.pt is the last good one' in error
+    assert Path('a/checkpoint.pt').read_bytes() == before
+    monkeypatch.undo()
+
+
+def test_checkpoints_and_pictures_do_not_disturb_training(monkeypatch):
+    train('--run', 'few', *SMALL, steps=40)
+    monkeypatch.setattr(betavae, 'SAVE_SECONDS', 0)
+    monkeypatch.setattr(betavae, 'ROW', 5)
+    monkeypatch.setattr(betavae, 'pictured', lambda steps: {5, 15, steps})
+    torch.manual_seed(123)                                                      # nor does the global random state
+    train('--run', 'many', *SMALL, steps=40)
+    assert same(weights('few'), weights('many'))
+    train('--run', 'other', *SMALL, '--seed', 1, steps=40)
+    assert not same(weights('few'), weights('other'))
+
+
+def test_collapse_is_said_in_words_and_a_schedule_that_will_not_arrive(capsys):
+    train('--run', 'a', '--beta', 10000, *SMALL, steps=20)
+    out = capsys.readouterr()
+    assert 'The posterior has collapsed' in out.out
+    train('--run', 'b', '--beta', 10, '--anneal', 50, *SMALL, steps=3)
+    assert 'β will not arrive' in capsys.readouterr().err
+
+
+def test_another_place_and_an_ascii_terminal(tmp_path):
+    """Blanks and Unicode in the path, output piped, no UTF-8 anywhere."""
+    run = tmp_path / 'ein Lauf, β = 1'
+    result = subprocess.run([sys.executable, HERE / 'betavae.py', '--steps', '2', '--run', run, *map(str, SMALL)], capture_output=True,
+                            env=dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii'))
+    assert result.returncode == 0 and b'step 2 of 2' in result.stdout, result.stderr
+    assert (run / 'summary.json').exists()
 
 
 # The data -----------------------------------------------------------------------------------------------------------
