@@ -80,17 +80,19 @@ class BetaVAE(nn.Module):
         self.posterior = nn.Linear(256, 2 * latents)                              # linear: μ and log σ² take any sign
         self.decoder = nn.Sequential(                                             # (B, J)
             nn.Linear(latents, 256), nn.ReLU(), nn.Linear(256, 1024), nn.ReLU(), nn.Unflatten(1, (64, 4, 4)),
-            Up(64, 64), nn.ReLU(), Up(64, 32), nn.ReLU(), Up(32, 32), nn.ReLU(), Up(32, channels))  # (B, C, 64, 64)
+            Up(64, 64), nn.ReLU(), Up(64, 32), nn.ReLU(), Up(32, 32), nn.ReLU(),            # (B, 32, 32, 32)
+            nn.ConvTranspose2d(32, channels, kernel_size=4, stride=2, padding=1, bias=False))       # (B, C, 64, 64)
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))                     # of the last layer
 
     def encode(self, x):
         """Images (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), each (B, J), in float32."""
-        h = self.encoder(x)
+        h = self.encoder(x.contiguous(memory_format=torch.channels_last))         # the layout that convolutions like best
         with torch.autocast(h.device.type, enabled=False):
             return self.posterior(h.float()).chunk(2, dim=1)
 
     def decode(self, z):
         """Codes (B, J) → logits (B, C, 64, 64) in float32: the means of p(x|z) are their sigmoid."""
-        return self.decoder(z).float()
+        return self.decoder(z).to(torch.float32, memory_format=torch.contiguous_format) + self.bias
 
     def forward(self, x, noise=None):
         """Images → logits (B, C, 64, 64), z, μ, log σ² (B, J): z = μ + σ · noise, the noise standard normal (B, J)."""
@@ -176,13 +178,12 @@ def batch(data, seed, step, size, latents, device):
 
 
 def as_input(images):
-    """uint8 (B, C, 64, 64) → float in [0, 1], channels last: the layout in which convolutions are quickest."""
-    return images.to(torch.float32, memory_format=torch.channels_last) / 255
+    """uint8 (B, C, 64, 64) → float in [0, 1]."""
+    return images.float().div_(255)
 
 
 def train(args):
     data, run, device = args.dataset, Path(args.run), torch.device(args.device)
-    keep_freed_memory()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = BetaVAE(data.shape[0], args.latents)
@@ -369,7 +370,7 @@ def read_checkpoint(run):
     path = Path(run) / 'checkpoint.pt'
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)         # executes nothing that it finds there
-        model = BetaVAE(state['model']['decoder.11.bias'].numel(), state['model']['decoder.0.weight'].shape[1])
+        model = BetaVAE(len(state['model']['bias']), state['model']['decoder.0.weight'].shape[1])
         model.load_state_dict(state['model'])
         assert state['recent'].shape == (ROW, 2 + model.latents) and {'step', 'seconds', 'frames', 'optimiser'} <= state.keys()
         return state, model
@@ -419,14 +420,17 @@ def read_log(run):
 def means_of(model, z):
     """Codes (…, J) → the means of p(x|z) as uint8 (…, C, 64, 64), on the CPU."""
     flat = z.reshape(-1, model.latents).to(next(model.parameters()).device)
-    x = torch.cat([model.decode(part).sigmoid() for part in flat.split(128)])
+    x = torch.cat([model.decode(part).sigmoid() for part in flat.split(64)])
     return (x * 255).round().to(torch.uint8).cpu().view(*z.shape[:-1], *x.shape[1:])
 
 
 @torch.no_grad()
 def codes_of(model, images):
-    """μ and log σ² of images (uint8, (n, C, 64, 64)): each (n, J), float32, on the CPU."""
-    mu, logvar = zip(*(model.encode(as_input(part)) for part in images.split(128)))
+    """μ and log σ² of images (uint8, (n, C, 64, 64)): each (n, J), float32, on the CPU. The convolutions are computed in
+    bfloat16 where that is quicker, and in parts that fit the caches."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device.type)):
+        mu, logvar = zip(*(model.encode(as_input(part.to(device))) for part in images.split(64)))
     return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
 
 
@@ -552,15 +556,14 @@ def top_latent(mu, logvar, kl, seed=0):
 
 
 def latent_names(model, data, n=5000):
-    """What each latent is called: the factor it encodes, by the largest normalised mutual information over n images and at
-    least a tenth of the factor's entropy; else z and its number."""
-    names = [f'z{j}' for j in range(model.latents)]
-    if data.factor_sizes:
-        index = np.random.default_rng(0).integers(len(data), size=n)
-        mu = codes_of(model, torch.from_numpy(data.images(index)))[0].numpy()
-        factor, share = metrics.encoded_factors(mu, np.stack(np.unravel_index(index, data.factor_sizes), 1))
-        names = [f'{name}: {data.factor_names[k]}' if s > 0.1 else name for name, k, s in zip(names, factor, share)]
-    return names
+    """What each latent is called, measured over n images: the factor of largest normalised mutual information and that share,
+    where it is at least 5 %; else its number alone."""
+    if not data.factor_sizes:
+        return [f'z{j}' for j in range(model.latents)]
+    index = np.random.default_rng(0).integers(len(data), size=n)
+    mu = codes_of(model, torch.from_numpy(data.images(index)))[0].numpy()
+    factor, share = metrics.encoded_factors(mu, np.stack(np.unravel_index(index, data.factor_sizes), 1))
+    return [f'z{j}: {data.factor_names[k]} {s:.0%}' if s >= 0.05 else f'z{j}' for j, (k, s) in enumerate(zip(factor, share))]
 
 
 def draw(run, args, model, held_out, frames, seconds):
@@ -585,7 +588,7 @@ def draw(run, args, model, held_out, frames, seconds):
     names = latent_names(model, args.dataset)
     save_picture(run / 'traversal.png', sheet(
         means_of(model, traverse(base, rows, torch.linspace(-3, 3, 8))),
-        [', '.join(filter(None, [names[j] if kl[j] > ACTIVE else '', f'{kl[j]:.2f} nats'])) for j in rows],
+        [f'{names[j]}, {kl[j]:.2f} nats' for j in rows],
         f'{name}: each active latent from -3 to 3, the others as in one image', [f'inactive: {idle}']))
 
     there = -torch.cos(torch.linspace(0, math.pi, 9))                                       # -1 → 1
@@ -595,7 +598,7 @@ def draw(run, args, model, held_out, frames, seconds):
 
     picture = means_of(model, top_latent(mu, logvar, kl))
     save_picture(run / 'top_latent.png', sheet(
-        picture, ['zero vector', '+ 1 st. dev.', '+ 2 st. dev.'], f'{name}: z{order[0]}, {kl[order[0]]:.2f} nats'))
+        picture, ['zero vector', '+ 1 st. dev.', '+ 2 st. dev.'], f'{name}: {names[order[0]]}, {kl[order[0]]:.2f} nats'))
 
     save_gif(run / 'training.gif', [sheet(torch.stack([eight, frames[step]]), title=f'step {step:,}')
                                     for step in sorted(frames)], 500)
@@ -616,7 +619,7 @@ def draw(run, args, model, held_out, frames, seconds):
     summary = dict(
         steps=done, beta=log['beta'][-1], reconstruction=float(held[1]), kl=float(kl.sum()),
         kl_per_latent=kl.tolist(), active_latents=len(active), collapsed=bool(kl.sum() < COLLAPSED),
-        top_latent=order[0], top_latent_by_largest_absolute_mean=int(mu.mean(0).abs().argmax()),
+        latent_names=names, top_latent=order[0], top_latent_by_largest_absolute_mean=int(mu.mean(0).abs().argmax()),
         train_reconstruction=log['recon'][-1], train_kl=log['kl'][-1], seconds=round(seconds, 1),
         images_per_second=round(float(np.median(log['images_per_second']))), device=args.device, precision=args.precision)
     write(run / 'summary.json', json.dumps(summary, indent=1).encode())
@@ -645,7 +648,7 @@ def compare(argv):
         top = summary['top_latent']
         table.append(f"| {run.name} | {moving} | {summary['steps']:,} | {summary['reconstruction']:.2f} | {summary['kl']:.2f} | "
                      f"{summary['active_latents']} of {s['latents']} | {'yes' if summary['collapsed'] else 'no'} | "
-                     f"z{top}, {kl[top]:.2f} nats |")
+                     f"{summary['latent_names'][top]}, {summary['kl_per_latent'][top]:.2f} nats |")
     if len({p.shape for p in pictures}) > 1:
         fail('these runs differ in their number of channels: compare runs on one kind of data')
     out.mkdir(parents=True, exist_ok=True)
@@ -658,8 +661,8 @@ def compare(argv):
 def encoder_of(model, data):
     """The function that the metric takes: indices → μ (n, J). Up to a million images are encoded once and then looked up."""
     def encode(index):
-        parts = np.array_split(index, math.ceil(len(index) / 4096))
-        return torch.cat([codes_of(model, torch.from_numpy(data.images(part)))[0] for part in parts]).numpy()
+        parts = torch.from_numpy(index).split(4096)
+        return torch.cat([codes_of(model, data.images(part))[0] for part in parts]).numpy()
     if len(data) > 10 ** 6:
         return encode
     codes = encode(np.arange(len(data)))
@@ -915,6 +918,7 @@ def has_bf16(device):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')                                # β in a C locale

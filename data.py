@@ -308,12 +308,14 @@ def faces():
         open_ = under * (1 - row('body', 'jaw'))                                  # neither fringe nor body
         behind = open_ * row('behind', 'hair length')
         wall, locks = open_ - behind, 1 - under + behind
-        layers = ((wall, background), (wall * m['ramp'], shading.expand(n, 3)),
-                  (locks, hair), (locks * m['roundness'], 0.40 * angle * hair),
-                  (bare * row('skin', 'jaw'), skin), (bare * row('side', 'jaw'), 0.56 * angle * skin),
-                  (under * m['clothes'], CLOTHES), (under * white, WHITE), (under * dark, DARK), (under * lips, LIPS))
-        coverage = torch.stack([c for c, _ in layers], 1)                         # (n, layers, 4096)
-        colours = torch.stack([torch.as_tensor(c, device=device).expand(n, 3) for _, c in layers], 1)
+        layers = ((wall, 1, background), (wall, m['ramp'], shading.expand(n, 3)),
+                  (locks, 1, hair), (locks, m['roundness'], 0.40 * angle * hair),
+                  (bare, row('skin', 'jaw'), skin), (bare, row('side', 'jaw'), 0.56 * angle * skin),
+                  (under, m['clothes'], CLOTHES), (under, white, WHITE), (under, dark, DARK), (under, lips, LIPS))
+        coverage = torch.empty(n, len(layers), 4096, device=device)
+        for k, (mask, share, _) in enumerate(layers):
+            torch.mul(mask, share, out=coverage[:, k])
+        colours = torch.stack([torch.as_tensor(c, device=device).expand(n, 3) for *_, c in layers], 1)
         x = torch.bmm(colours.transpose(1, 2), coverage).clamp_(0, 1).mul_(255).add_(0.5)             # (n, 3, 4096)
         return x.to(torch.uint8).view(n, 3, 64, 64)
     return Dataset('faces', (3, 64, 64), FACES, draw)
