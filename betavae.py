@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -138,7 +139,8 @@ def log_weights(m, n):
 
     unbiased, and exact for M = N.
     """
-    return torch.full((m, m), math.log((n - 1) / (n * max(1, m - 1)))).fill_diagonal_(-math.log(n))
+    others = math.log((n - 1) / (n * (m - 1))) if m > 1 else -math.inf
+    return torch.full((m, m), others).fill_diagonal_(-math.log(n))
 
 
 def total_correlation(z, mu, logvar, n):
@@ -205,7 +207,8 @@ def train(args):
             return print(f"{run} is finished: {state['step']:,} steps. More --steps trains on; to begin anew, delete it.")
         print(f"going on from step {state['step']:,}")
     recent = state['recent'].to(device)                               # loss, recon, KL_j of the steps since the last row
-    frames = {step: x for step, x in state['frames'].items() if step in pictured(args.steps)}
+    picture_steps = pictured(args.steps)
+    frames = {step: x for step, x in state['frames'].items() if step in picture_steps}
     run.mkdir(parents=True, exist_ok=True)
     write(run / 'settings.json', json.dumps(settings(args), indent=1).encode())
     cut_log(run / 'log.csv', state['step'], args.latents)
@@ -230,19 +233,23 @@ def train(args):
 
             recent[step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
             done, now, means = step + 1, time.monotonic(), recent[:step % ROW + 1].mean(0)
-            save_due = done in pictured(args.steps) or now - saved > SAVE_SECONDS or interrupted
+            stop, picture_due = bool(interrupted), done in picture_steps
+            save_due = picture_due or now - saved > SAVE_SECONDS or stop
             if device.type == 'cpu' or save_due or done % ROW == 0:             # elsewhere a look at it would stall each step
                 check_finite(recent, done, run)
+            if save_due and not all(p.isfinite().all() for p in model.parameters()):
+                fail_at(done, 'a weight is no longer finite', run)
             if done % ROW == 0 or done == args.steps:
                 seconds = watch.read() - row_start
                 with watch.paused(), precision():
                     held = evaluate(model, held_out[::8], args, beta)
+                check_finite(held[None], done, run, ' on held-out images')
                 append_row(run / 'log.csv', done, beta, means, held, (done - row_step) * args.batch / seconds)
                 row_start, row_step = watch.read(), done
             if done in (first + 1, args.steps) or now - shown > (0.5 if sys.stdout.isatty() else 10):
                 shown = now
                 say(done, args, beta, means.tolist(), (done - first) / (watch.read() - state['seconds']))
-            if done in pictured(args.steps):
+            if picture_due:
                 with watch.paused():
                     frames[done] = means_of(model, model.encode(as_input(held_out[:8]))[0])
                     summary = draw(run, args, model, held_out, frames, watch.seconds)
@@ -252,7 +259,7 @@ def train(args):
                         step=done, seed=args.seed, seconds=watch.seconds, recent=recent, frames=frames,
                         model=model.state_dict(), optimiser=optimiser.state_dict()), file))
                 saved = now
-            if interrupted and done < args.steps:
+            if stop and done < args.steps:
                 print(f'\nstopped at step {done:,} and saved: the same command goes on from there')
                 raise SystemExit(130)
     print(f'\n{run}/ holds the pictures, the log and the model')
@@ -277,17 +284,20 @@ def pictured(steps):
     return {100, 300, 1000, *range(PICTURES, steps, PICTURES), steps}
 
 
-def check_finite(recent, done, run):
-    """Stop, naming the step, the term and the latent, if a loss of the last steps is NaN or infinite."""
-    bad = ~recent.isfinite()
+def check_finite(losses, done, run, where=''):
+    """Stop, naming the step, the term and the latent, if one of the losses (rows, 2 + J) is NaN or infinite."""
+    bad = ~losses.isfinite()
     if bad.any():
         row = int(bad.any(1).nonzero()[0])
-        terms = ['loss', 'reconstruction'] + [f'KL of z{j}' for j in range(recent.shape[1] - 2)]
-        term = terms[int(bad[row].nonzero()[-1])]
-        step = (done - 1) // ROW * ROW + row + 1
-        kept = f'{run}/checkpoint.pt is the last good one' if (run / 'checkpoint.pt').exists() else 'nothing was saved yet'
-        fail(f'the {term} is {recent[row][bad[row]][-1]} at step {step:,}; {kept}. Try a smaller --lr or --beta, or --warmup 1000',
-             code=1)
+        kls = [f'z{j}' for j in bad[row, 2:].nonzero()[:, 0].tolist()]
+        terms = ['the reconstruction'] * bool(bad[row, 1]) + [f'the KL of {", ".join(kls)}'] * bool(kls)
+        step = (done - 1) // ROW * ROW + row + 1 if len(losses) > 1 else done
+        fail_at(step, f'{" and ".join(terms) or "the loss"}{where} is NaN or infinite', run)
+
+
+def fail_at(step, what, run):
+    kept = f'{run}/checkpoint.pt is the last good one' if (run / 'checkpoint.pt').exists() else 'nothing was saved yet'
+    fail(f'{what} at step {step:,}; {kept}. Try a smaller --lr or --beta, or --warmup 1000', code=1)
 
 
 def say(done, args, beta, means, steps_per_second):
@@ -295,9 +305,13 @@ def say(done, args, beta, means, steps_per_second):
     active = sum(kl > ACTIVE for kl in means[2:])
     left = (args.steps - done) / steps_per_second
     left = f'{left / 3600:.1f} h' if left > 5400 else f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'
-    line = (f'step {done:,} of {args.steps:,}   β {beta:.4g}   reconstruction {means[1]:.2f}   KL {sum(means[2:]):.2f}   '
+    name = 'β' if args.capacity is None else 'C'
+    line = (f'step {done:,} of {args.steps:,}   {name} {beta:.4g}   reconstruction {means[1]:.2f}   KL {sum(means[2:]):.2f}   '
             f'active {active} of {args.latents}   {steps_per_second * args.batch:,.0f} images/s   {left} left')
-    print(f'\r{line}\x1b[K' if sys.stdout.isatty() else line, end='' if sys.stdout.isatty() else '\n', flush=True)
+    if sys.stdout.isatty():
+        print(f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='', flush=True)
+    else:
+        print(line, flush=True)
 
 
 class Stopwatch:
@@ -353,10 +367,10 @@ def write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def settings(args):
@@ -368,11 +382,14 @@ def settings(args):
 def read_checkpoint(run):
     """The checkpoint of a run and a model with its weights. Raises Unusable for a file that is no whole checkpoint."""
     path = Path(run) / 'checkpoint.pt'
+    if not path.exists():
+        raise datasets.Unusable(f'there is no {path}: is {run} the folder of a run?')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)         # executes nothing that it finds there
         model = BetaVAE(len(state['model']['bias']), state['model']['decoder.0.weight'].shape[1])
         model.load_state_dict(state['model'])
-        assert state['recent'].shape == (ROW, 2 + model.latents) and {'step', 'seconds', 'frames', 'optimiser'} <= state.keys()
+        if state['recent'].shape != (ROW, 2 + model.latents) or not {'step', 'seconds', 'frames', 'optimiser'} <= state.keys():
+            raise ValueError('another form')
         return state, model
     except Exception as error:                                                  # one of a dozen kinds, by what is broken
         raise datasets.Unusable(f'{path} is no whole checkpoint of this program ({type(error).__name__}); it is left as it is. '
@@ -401,7 +418,8 @@ def append_row(path, done, beta, means, held, speed):
 def cut_log(path, step, latents):
     """Begin log.csv, or drop its rows past the checkpoint that training goes on from (and a last row between two others)."""
     rows = [line.split(',') for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    rows = [row for row in rows if len(row) == len(header(latents)) and int(row[0]) <= step and int(row[0]) % ROW == 0]
+    rows = [row for row in rows if len(row) == len(header(latents)) and row[0].isdecimal()]
+    rows = [row for row in rows if int(row[0]) <= step and int(row[0]) % ROW == 0]
     write(path, ''.join(','.join(row) + '\n' for row in [header(latents), *rows]).encode())
 
 
@@ -425,11 +443,11 @@ def means_of(model, z):
 
 
 @torch.no_grad()
-def codes_of(model, images):
-    """μ and log σ² of images (uint8, (n, C, 64, 64)): each (n, J), float32, on the CPU. The convolutions are computed in
-    bfloat16 where that is quicker, and in parts that fit the caches."""
+def codes_of(model, images, precision):
+    """μ and log σ² of images (uint8, (n, C, 64, 64)): each (n, J), float32, on the CPU. `precision` is the run's, 'fp32' or
+    'bf16'; 64 at a time fit the caches."""
     device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device.type)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
         mu, logvar = zip(*(model.encode(as_input(part.to(device))) for part in images.split(64)))
     return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
 
@@ -555,21 +573,22 @@ def top_latent(mu, logvar, kl, seed=0):
     return torch.cat([row + n * sigma.mean(0) for n in range(3)])
 
 
-def latent_names(model, data, n=5000):
+def latent_names(model, data, precision, n=5000):
     """What each latent is called, measured over n images: the factor of largest normalised mutual information and that share,
     where it is at least 5 %; else its number alone."""
     if not data.factor_sizes:
         return [f'z{j}' for j in range(model.latents)]
     index = np.random.default_rng(0).integers(len(data), size=n)
-    mu = codes_of(model, torch.from_numpy(data.images(index)))[0].numpy()
+    mu = codes_of(model, data.images(torch.from_numpy(index)), precision)[0].numpy()
     factor, share = metrics.encoded_factors(mu, np.stack(np.unravel_index(index, data.factor_sizes), 1))
     return [f'z{j}: {data.factor_names[k]} {s:.0%}' if s >= 0.05 else f'z{j}' for j, (k, s) in enumerate(zip(factor, share))]
 
 
+@torch.no_grad()
 def draw(run, args, model, held_out, frames, seconds):
     """Make every picture of a run, and summary.json; returns the summary."""
     done, likelihood = max(frames), args.likelihood
-    mu, logvar = codes_of(model, held_out)                                                  # (≤ 1000, J)
+    mu, logvar = codes_of(model, held_out, args.precision)                                                 # (≤ 1000, J)
     kl = kl_per_latent(mu, logvar).mean(0)                                                  # (J,)
     order = kl.argsort(descending=True).tolist()
     active = [j for j in order if kl[j] > ACTIVE]
@@ -585,7 +604,8 @@ def draw(run, args, model, held_out, frames, seconds):
 
     rows = active or order[:1]
     base = mu[min(3, len(mu) - 1)]
-    names = latent_names(model, args.dataset)
+    names = latent_names(model, args.dataset, args.precision)
+    names = [name if kl[j] > ACTIVE else f'z{j}' for j, name in enumerate(names)]             # noise has no name
     save_picture(run / 'traversal.png', sheet(
         means_of(model, traverse(base, rows, torch.linspace(-3, 3, 8))),
         [f'{names[j]}, {kl[j]:.2f} nats' for j in rows],
@@ -613,11 +633,13 @@ def draw(run, args, model, held_out, frames, seconds):
                     limits=(min(train.min(), held.min()), max(train[early:].max(), held[early:].max())))
     save_picture(run / 'curves.png', chart([
         panel('recon', f'reconstruction ({likelihood}), nats per image'), panel('kl', 'KL, nats per image'),
-        dict(title='beta', x='step', series={'beta': (steps, log['beta'])})]))
+        dict(title='beta' if args.capacity is None else 'capacity C', x='step', series={'': (steps, log['beta'])})]))
 
-    held = evaluate(model, held_out, args, beta=0)
+    noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(0))
+    z = (mu + torch.exp(0.5 * logvar) * noise).to(held_out.device)
+    recon = [reconstruction(model.decode(part), as_input(x), likelihood) * len(x) for part, x in zip(z.split(64), held_out.split(64))]
     summary = dict(
-        steps=done, beta=log['beta'][-1], reconstruction=float(held[1]), kl=float(kl.sum()),
+        steps=done, beta=log['beta'][-1], reconstruction=float(sum(recon) / len(z)), kl=float(kl.sum()),
         kl_per_latent=kl.tolist(), active_latents=len(active), collapsed=bool(kl.sum() < COLLAPSED),
         latent_names=names, top_latent=order[0], top_latent_by_largest_absolute_mean=int(mu.mean(0).abs().argmax()),
         train_reconstruction=log['recon'][-1], train_kl=log['kl'][-1], seconds=round(seconds, 1),
@@ -631,7 +653,7 @@ def draw(run, args, model, held_out, frames, seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def compare(argv):
-    """Runs on one sheet (the first row of top_latent, with one scale for all) and in one table."""
+    """Runs on one sheet (the first row of each top_latent) and in one table."""
     parser = Parser(prog='betavae.py compare', description='Draw finished runs on one sheet and write one table of them.')
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
     parser.add_argument('--out', type=Path, help='folder for comparison.png and comparison.md (default: that of the first run)')
@@ -640,11 +662,12 @@ def compare(argv):
     table = ['| run | β | steps | reconstruction | KL | active latents | collapsed | top latent |', '|' + '---|' * 8]
     for run in args.runs:
         s, summary, data, model = finished(run)
-        mu, logvar = codes_of(model, torch.from_numpy(data.images(data.held_out(1000))))
+        mu, logvar = codes_of(model, torch.from_numpy(data.images(data.held_out(1000))), s['precision'])
         kl = kl_per_latent(mu, logvar).mean(0)
         pictures.append(means_of(model, top_latent(mu, logvar, kl)[0]))
         labels.append(run.name)
-        moving = f"{s['beta_from'] or 0:g} → {s['beta']:g} over {s['anneal']:,}" if s['anneal'] else f"{s['beta']:g}"
+        start, end = (s['beta_from'], s['beta']) if s['capacity'] is None else (0, s['capacity'])
+        moving = ('C ' if s['capacity'] is not None else '') + (f"{start:g} → {end:g} over {s['anneal']:,}" if s['anneal'] else f'{end:g}')
         top = summary['top_latent']
         table.append(f"| {run.name} | {moving} | {summary['steps']:,} | {summary['reconstruction']:.2f} | {summary['kl']:.2f} | "
                      f"{summary['active_latents']} of {s['latents']} | {'yes' if summary['collapsed'] else 'no'} | "
@@ -658,11 +681,11 @@ def compare(argv):
     print(f'\n{out / "comparison.png"} and {out / "comparison.md"} are written')
 
 
-def encoder_of(model, data):
+def encoder_of(model, data, precision):
     """The function that the metric takes: indices → μ (n, J). Up to a million images are encoded once and then looked up."""
     def encode(index):
         parts = torch.from_numpy(index).split(4096)
-        return torch.cat([codes_of(model, data.images(part))[0] for part in parts]).numpy()
+        return torch.cat([codes_of(model, data.images(part), precision)[0] for part in parts]).numpy()
     if len(data) > 10 ** 6:
         return encode
     codes = encode(np.arange(len(data)))
@@ -689,7 +712,7 @@ def score(argv):
             fail(f'{run} was trained on images whose factors are unknown: the metric needs them (faces, dsprites)')
         if not all(2 <= (K or 2) <= len(data.factor_sizes) for K in args.factors):
             fail(f'--factors takes 2 to {len(data.factor_sizes)}: how many of {", ".join(data.factor_names)}, from the last')
-        encode = encoder_of(model, data)
+        encode = encoder_of(model, data, s['precision'])
         for K, L in itertools.product(args.factors, args.pairs):
             K = K or len(data.factor_sizes)
             accuracy = metrics.disentanglement_score(
@@ -702,6 +725,7 @@ def score(argv):
 
 
 # Accuracy in %, Higgins et al. 2017, table 1 (fully connected network; their L and K are not certain).
+USUAL = dict(crop=None, latents=10, beta_from=0, anneal=0, capacity=None, gamma=None, likelihood='bernoulli', batch=64, lr=5e-4, warmup=0)
 PUBLISHED = {'ground truth': 100, 'raw pixels': 45.75, 'PCA': 84.9, 'ICA': 42.03, 'untrained VAE': 44.14, 'VAE': 61.58, 'β-VAE': 99.23}
 
 
@@ -733,7 +757,7 @@ def table(argv):
 
     def untrained(seed):
         torch.manual_seed(seed)
-        return encoder_of(BetaVAE(1, 10).to(memory_format=torch.channels_last), data)
+        return encoder_of(BetaVAE(1, 10), data, 'bf16' if has_bf16('cpu') else 'fp32')
     rows = [('ground truth', s, lambda _: lambda i: v[i] / data.factor_sizes) for s in range(args.seeds)]
     rows += [('raw pixels', s, lambda _: pixels) for s in range(args.seeds)]
     rows += [('PCA', s, linear(lambda rng, x: metrics.pca(x))) for s in range(args.seeds)]
@@ -744,13 +768,17 @@ def table(argv):
         if on.name != 'dsprites':
             fail(f'{run} was trained on {s["data"]}; the table is of dsprites')
         kind = 'β-TCVAE' if s['tc'] else f"capacity {s['capacity']:g}" if s['capacity'] is not None else 'VAE' if s['beta'] == 1 else 'β-VAE'
-        label = f"{kind} (β {s['beta']:g}, {summary['steps']:,} steps)"
-        rows.append((label, s['seed'], functools.partial(lambda model, _: encoder_of(model, data), model)))
+        other = {k: s[k] for k in OPTIONS if k not in ('data', 'beta', 'tc', 'steps', 'seed', 'device', 'precision') and s[k] != USUAL[k]}
+        label = ', '.join([f"{kind} (β {s['beta']:g}", f"{summary['steps']:,} steps", *(f'{k} {x}' for k, x in other.items())]) + ')'
+        rows.append((label, s['seed'], functools.partial(lambda model, precision, _: encoder_of(model, data, precision), model, s['precision'])))
 
     # Each score is written as soon as it is there, and not computed again.
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / 'metric.json'
     found = json.loads(path.read_text('utf-8')) if path.exists() else {}
+    for label, seed, _ in rows:
+        if [row[:2] for row in rows].count((label, seed)) > 1:
+            fail(f'two runs are both {label}, seed {seed}')
     cells = list(itertools.product(args.factors, args.pairs))
     for label, seed, encoder in rows:
         scores, encode = found.setdefault(f'{label} | {seed}', {}), None
@@ -832,13 +860,13 @@ OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'tc', 'capa
 
 def training_parser():
     parser = Parser(prog='betavae.py', description='Train a β-VAE. Other commands: compare, score, table (each has --help).')
-    whole, real = number(int, 0, 10 ** 9), number(float, 0, 1e30)
+    whole, real = number(int, 0, 10 ** 9), number(float, 0, 1e12)      # past 1e12 Adam's second moment overflows float32
     some = number(int, 1, 10 ** 9)
     g = parser.add_argument_group('data (x)')
     g.add_argument('--data', default='faces', help='faces, dsprites, or a folder or .zip of images (default %(default)s)')
     g.add_argument('--crop', type=some, help='side of the centred square to cut out; CelebA: 128 (default: the largest)')
     g = parser.add_argument_group('model')
-    g.add_argument('--latents', type=number(int, 1, 4096), help='J (default 10 for dsprites, 32 else)')
+    g.add_argument('--latents', type=number(int, 1, 512), help='J (default 10 for dsprites, 32 else)')
     g = parser.add_argument_group('objective')
     g.add_argument('--beta', type=real, default=1.0, help='β, the weight of the KL term (default %(default)g)')
     g.add_argument('--beta-from', type=real, help='β at step 0 with --anneal (default 0)')
@@ -883,16 +911,8 @@ def settle(args, parser):
         fail(f'{path} cannot be read ({error}); to begin anew, delete {args.run}')
     if not found and Path(args.run, 'checkpoint.pt').exists():
         fail(f'{args.run} holds a checkpoint but no settings.json; to begin anew, delete it')
-    if Path(args.data).exists():
+    if args.data not in ('faces', 'dsprites'):
         args.data = str(Path(args.data).absolute())
-    args.dataset = load_data(args.data, args.crop)
-    if args.anneal > args.steps:
-        print(f'warning: β will not arrive: --anneal {args.anneal:,} is more than --steps {args.steps:,}', file=sys.stderr)
-    if args.batch > args.dataset.train_size:
-        fail(f'--batch {args.batch} is more than the {args.dataset.train_size} training images of {args.data}')
-    args.latents = args.latents or (10 if args.dataset.name == 'dsprites' else 32)
-    args.likelihood = args.likelihood or ('bernoulli' if args.dataset.shape[0] == 1 else 'gaussian')
-    args.beta_from, args.gamma = args.beta_from or 0.0, args.gamma or (None if args.capacity is None else 1000.0)
     if args.device == 'auto':
         args.device = found.get('device') or ('cuda' if torch.cuda.is_available() else
                                               'mps' if torch.backends.mps.is_available() else 'cpu')
@@ -900,9 +920,19 @@ def settle(args, parser):
         fail(f'there is no {args.device} device here')
     if args.precision == 'auto':
         args.precision = found.get('precision') or ('bf16' if has_bf16(args.device) else 'fp32')
+    args.dataset = load_data(args.data, args.crop)
+    if args.dataset.train_size < 1:
+        fail(f'{args.data} holds one image; at least two are needed: one is held out')
+    if args.anneal > args.steps:
+        print(f'warning: {"β" if args.capacity is None else "C"} will not arrive: --anneal {args.anneal:,} is more than --steps {args.steps:,}', file=sys.stderr)
+    if args.batch > args.dataset.train_size:
+        fail(f'--batch {args.batch} is more than the {args.dataset.train_size} training images of {args.data}')
+    args.latents = args.latents or (10 if args.dataset.name == 'dsprites' else 32)
+    args.likelihood = args.likelihood or ('bernoulli' if args.dataset.shape[0] == 1 else 'gaussian')
+    args.beta_from, args.gamma = args.beta_from or 0.0, 1000.0 if args.gamma is None and args.capacity is not None else args.gamma
     differ = [f"--{k.replace('_', '-')} {found[k]} there, {getattr(args, k)} here" for k in OPTIONS
               if k in found and k != 'steps' and found[k] != getattr(args, k)]
-    if found and found['versions']['data'] != args.dataset.version:
+    if found and found.get('versions', {}).get('data') != args.dataset.version:
         differ.append('another version of the data')
     if differ:
         fail(f'{args.run} was begun with other settings: {"; ".join(differ)}. Choose another --run, or delete it')
@@ -936,7 +966,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         fail('interrupted', code=130)
     except OSError as error:
-        fail(f'{error.strerror or error}: {error.filename or args.run}', code=1)
+        fail(f'{error.strerror or error}' + (f': {error.filename}' if error.filename else ''), code=1)
     except datasets.Unusable as error:
         fail(str(error))
 

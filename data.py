@@ -181,8 +181,8 @@ def read_dsprites(path):
             for start in range(0, n, 4096):
                 images = np.frombuffer(file.read(4096 * 4096), np.uint8).reshape(-1, 4096)
                 table[start:start + 4096] = np.packbits(images, axis=1, bitorder='little')
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise Unusable(f'{path} is not the official dSprites file, or is cut short ({error})') from None
+    except Exception as error:          # zlib, zipfile and NumPy each have their own
+        raise Unusable(f'{path} is not the official dSprites file, or is damaged ({error})') from None
     return table
 
 
@@ -334,7 +334,7 @@ def photographs(path, crop):
     cache = Path('cache', f'{path.stem}-{key}.npy').absolute()
     try:
         np.load(cache, mmap_mode='r')                     # refuses a file shorter than its header says
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         decode_all(path, names, read, crop, cache)
 
     def draw(index):
@@ -345,9 +345,9 @@ def photographs(path, crop):
 
 
 def formats():
-    """What Pillow reads, but EPS: that is a program, and reading it would run it."""
+    """What Pillow reads, but for EPS, which is a program that reading would run, and what it only recognises."""
     Image.init()
-    return [name for name in Image.OPEN if name != 'EPS']
+    return [name for name in Image.OPEN if name not in ('EPS', 'MPEG', 'HDF5', 'GRIB', 'BUFR', 'WMF')]
 
 
 def is_image(name):
@@ -434,8 +434,12 @@ def decode_all(path, names, read, crop, cache):
                     left, shown = (now - start) * (len(names) / done - 1), now
                     print(f'decoding {path}: {done:,} of {len(names):,} images, {left:.0f} s left', file=sys.stderr)
             header()
+            file.flush()
+            os.fsync(file.fileno())
         if len(bad) > len(names) / 100:
             raise Unusable(f'{path}: {len(bad)} of {len(names)} images are unreadable, more than 1 %; the first: {bad[0]}')
         os.replace(partial, cache)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(cache)) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -5,11 +5,11 @@
 #                                             ./run_all.sh --data img_align_celeba.zip --crop 128 for CelebA
 #
 # Started again it goes on where it was. --print prints the eight commands, a line each, to spread over machines:
-#     ./run_all.sh --print | xargs -P 4 -I {} sh -c '{}'
+#     ./run_all.sh --print | xargs -P 4 -I {} bash -c "{}"       (or GNU parallel, or a line for each job of an array)
 # The runs land in runs/, or in the folder that the variable RUNS names.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || command -v python3)}
 runs=${RUNS:-runs}
 print=no
 if [ "${1:-}" = --print ]; then print=yes; shift; fi
