@@ -7,7 +7,7 @@
     python betavae.py --beta 100 --anneal 40000         train; pictures, a log and checkpoints land in runs/
     python betavae.py compare runs/A runs/B             one sheet and one table of several runs
     python betavae.py score runs/A                      the disentanglement metric of a finished run
-    python betavae.py table runs/A runs/B               the paper's table: the metric of codes without a network, and of runs
+    python betavae.py table runs/A runs/B               the paper's table, of codes without a network and of runs
 
     from betavae import load
     model = load('runs/A')
@@ -235,7 +235,7 @@ def train(args):
             done, now, means = step + 1, time.monotonic(), recent[:step % ROW + 1].mean(0)
             stop, picture_due = bool(interrupted), done in picture_steps
             save_due = picture_due or now - saved > SAVE_SECONDS or stop
-            if device.type == 'cpu' or save_due or done % ROW == 0:             # elsewhere a look at it would stall each step
+            if device.type == 'cpu' or save_due or done % ROW == 0:             # a look at each step stalls a GPU
                 check_finite(recent, done, run)
             if save_due and not all(p.isfinite().all() for p in model.parameters()):
                 fail_at(done, 'a weight is no longer finite', run)
@@ -251,7 +251,7 @@ def train(args):
                 say(done, args, beta, means.tolist(), (done - first) / (watch.read() - state['seconds']))
             if picture_due:
                 with watch.paused():
-                    frames[done] = means_of(model, model.encode(as_input(held_out[:8]))[0])
+                    frames[done] = means_of(model, codes_of(model, held_out[:8], args.precision)[0])
                     summary = draw(run, args, model, held_out, frames, watch.seconds)
             if save_due:
                 with watch.paused():
@@ -264,8 +264,8 @@ def train(args):
                 raise SystemExit(130)
     print(f'\n{run}/ holds the pictures, the log and the model')
     if summary['collapsed']:
-        print(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, so that every image is reconstructed "
-              'as the mean. Try a smaller --beta, or let it climb (--anneal).')
+        print(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, so that every image is "
+              'reconstructed as the mean. Try a smaller --beta, or let it climb (--anneal).')
 
 
 @torch.no_grad()
@@ -306,8 +306,9 @@ def say(done, args, beta, means, steps_per_second):
     left = (args.steps - done) / steps_per_second
     left = f'{left / 3600:.1f} h' if left > 5400 else f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'
     name = 'β' if args.capacity is None else 'C'
-    line = (f'step {done:,} of {args.steps:,}   {name} {beta:.4g}   reconstruction {means[1]:.2f}   KL {sum(means[2:]):.2f}   '
-            f'active {active} of {args.latents}   {steps_per_second * args.batch:,.0f} images/s   {left} left')
+    line = (f'step {done:,} of {args.steps:,}   {name} {beta:.4g}   reconstruction {means[1]:.2f}   '
+            f'KL {sum(means[2:]):.2f}   active {active} of {args.latents}   {steps_per_second * args.batch:,.0f} images/s   '
+            f'{left} left')
     if sys.stdout.isatty():
         print(f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='', flush=True)
     else:
@@ -348,6 +349,7 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)                   # M_MMAP_THRESHOLD: blocks up to 32 MB come from the heap
         mallopt(-1, 2 ** 31 - 1)                # M_TRIM_THRESHOLD: and the heap does not shrink
+        mallopt(-8, 1)                          # M_ARENA_MAX: and there is one, since the others do shrink
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,12 +390,12 @@ def read_checkpoint(run):
         state = torch.load(path, map_location='cpu', weights_only=True)         # executes nothing that it finds there
         model = BetaVAE(len(state['model']['bias']), state['model']['decoder.0.weight'].shape[1])
         model.load_state_dict(state['model'])
-        if state['recent'].shape != (ROW, 2 + model.latents) or not {'step', 'seconds', 'frames', 'optimiser'} <= state.keys():
-            raise ValueError('another form')
+        if state['recent'].shape != (ROW, 2 + model.latents) or not {'step', 'seconds', 'frames', 'optimiser'} <= set(state):
+            raise ValueError
         return state, model
     except Exception as error:                                                  # one of a dozen kinds, by what is broken
-        raise datasets.Unusable(f'{path} is no whole checkpoint of this program ({type(error).__name__}); it is left as it is. '
-                         f'To begin anew, delete {run}') from None
+        raise datasets.Unusable(f'{path} is no whole checkpoint of this program ({type(error).__name__}); it is left as it '
+                                f'is. To begin anew, delete {run}') from None
 
 
 def load(run):
@@ -574,14 +576,14 @@ def top_latent(mu, logvar, kl, seed=0):
 
 
 def latent_names(model, data, precision, n=5000):
-    """What each latent is called, measured over n images: the factor of largest normalised mutual information and that share,
-    where it is at least 5 %; else its number alone."""
+    """What each latent is called, measured over n images: the factor of largest normalised mutual information, and that
+    share, where it is at least 5 %; else its number alone."""
     if not data.factor_sizes:
         return [f'z{j}' for j in range(model.latents)]
     index = np.random.default_rng(0).integers(len(data), size=n)
     mu = codes_of(model, data.images(torch.from_numpy(index)), precision)[0].numpy()
     factor, share = metrics.encoded_factors(mu, np.stack(np.unravel_index(index, data.factor_sizes), 1))
-    return [f'z{j}: {data.factor_names[k]} {s:.0%}' if s >= 0.05 else f'z{j}' for j, (k, s) in enumerate(zip(factor, share))]
+    return [f'z{j}' + (f': {data.factor_names[k]} {s:.0%}' if s >= 0.05 else '') for j, (k, s) in enumerate(zip(factor, share))]
 
 
 @torch.no_grad()
@@ -599,8 +601,8 @@ def draw(run, args, model, held_out, frames, seconds):
     prior = torch.randn(2, 8, args.latents, generator=torch.Generator().manual_seed(0))
     samples = means_of(model, prior)
     columns = min(8, len(eight))
-    save_picture(run / 'reconstructions.png', sheet(
-        torch.stack([eight, frames[done], *samples[:, :columns]]), ['held out', 'reconstructed', 'from the prior', ''], name))
+    save_picture(run / 'reconstructions.png', sheet(torch.stack([eight, frames[done], *samples[:, :columns]]),
+                                                    ['held out', 'reconstructed', 'from the prior', ''], name))
 
     rows = active or order[:1]
     base = mu[min(3, len(mu) - 1)]
@@ -628,7 +630,7 @@ def draw(run, args, model, held_out, frames, seconds):
 
     def panel(term, title):
         train, held = log[term], log[f'held_out_{term}']
-        early = len(steps) // 20                                                            # the first fall would flatten the rest
+        early = len(steps) // 20                                      # the first fall would flatten all that follows
         return dict(title=title, x='step', series={'train': (steps, train), 'held out': (steps, held)},
                     limits=(min(train.min(), held.min()), max(train[early:].max(), held[early:].max())))
     save_picture(run / 'curves.png', chart([
@@ -637,7 +639,8 @@ def draw(run, args, model, held_out, frames, seconds):
 
     noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(0))
     z = (mu + torch.exp(0.5 * logvar) * noise).to(held_out.device)
-    recon = [reconstruction(model.decode(part), as_input(x), likelihood) * len(x) for part, x in zip(z.split(64), held_out.split(64))]
+    recon = [reconstruction(model.decode(part), as_input(x), likelihood) * len(x)
+             for part, x in zip(z.split(64), held_out.split(64))]
     summary = dict(
         steps=done, beta=log['beta'][-1], reconstruction=float(sum(recon) / len(z)), kl=float(kl.sum()),
         kl_per_latent=kl.tolist(), active_latents=len(active), collapsed=bool(kl.sum() < COLLAPSED),
@@ -656,7 +659,7 @@ def compare(argv):
     """Runs on one sheet (the first row of each top_latent) and in one table."""
     parser = Parser(prog='betavae.py compare', description='Draw finished runs on one sheet and write one table of them.')
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
-    parser.add_argument('--out', type=Path, help='folder for comparison.png and comparison.md (default: that of the first run)')
+    parser.add_argument('--out', type=Path, help='for comparison.png and .md (default: where the first run is)')
     args = parser.parse_args(argv)
     out, pictures, labels = args.out or args.runs[0].parent, [], []
     table = ['| run | β | steps | reconstruction | KL | active latents | collapsed | top latent |', '|' + '---|' * 8]
@@ -667,15 +670,16 @@ def compare(argv):
         pictures.append(means_of(model, top_latent(mu, logvar, kl)[0]))
         labels.append(run.name)
         start, end = (s['beta_from'], s['beta']) if s['capacity'] is None else (0, s['capacity'])
-        moving = ('C ' if s['capacity'] is not None else '') + (f"{start:g} → {end:g} over {s['anneal']:,}" if s['anneal'] else f'{end:g}')
-        top = summary['top_latent']
-        table.append(f"| {run.name} | {moving} | {summary['steps']:,} | {summary['reconstruction']:.2f} | {summary['kl']:.2f} | "
-                     f"{summary['active_latents']} of {s['latents']} | {'yes' if summary['collapsed'] else 'no'} | "
+        moving = f"{start:g} → {end:g} over {s['anneal']:,}" if s['anneal'] else f'{end:g}'
+        moving, top = ('C ' if s['capacity'] is not None else '') + moving, summary['top_latent']
+        table.append(f"| {run.name} | {moving} | {summary['steps']:,} | {summary['reconstruction']:.2f} | "
+                     f"{summary['kl']:.2f} | {summary['active_latents']} of {s['latents']} | {'yes' if summary['collapsed'] else 'no'} | "
                      f"{summary['latent_names'][top]}, {summary['kl_per_latent'][top]:.2f} nats |")
     if len({p.shape for p in pictures}) > 1:
         fail('these runs differ in their number of channels: compare runs on one kind of data')
     out.mkdir(parents=True, exist_ok=True)
-    save_picture(out / 'comparison.png', sheet(torch.stack(pictures), labels, 'the top latent, from its least to its greatest value'))
+    title = 'the top latent, from its least to its greatest value'
+    save_picture(out / 'comparison.png', sheet(torch.stack(pictures), labels, title))
     write(out / 'comparison.md', '\n'.join([*table, '']).encode())
     print('\n'.join(table))
     print(f'\n{out / "comparison.png"} and {out / "comparison.md"} are written')
@@ -700,7 +704,7 @@ def score(argv):
     """The disentanglement metric of finished runs; it is added to their summary.json."""
     parser = Parser(prog='betavae.py score', description='Score runs by the linear-classifier metric of Higgins et al. 2017.')
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
-    parser.add_argument('--pairs', type=integers, default=[64], metavar='L,…', help='pairs averaged for one point (default 64)')
+    parser.add_argument('--pairs', type=integers, default=[64], metavar='L,…', help='averaged for one point (default 64)')
     parser.add_argument('--factors', type=integers, default=[None], metavar='K,…',
                         help='the last K factors may be chosen: dSprites with 4 is without shape (default: all)')
     parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points (default %(default)s)')
@@ -711,7 +715,7 @@ def score(argv):
         if not data.factor_sizes:
             fail(f'{run} was trained on images whose factors are unknown: the metric needs them (faces, dsprites)')
         if not all(2 <= (K or 2) <= len(data.factor_sizes) for K in args.factors):
-            fail(f'--factors takes 2 to {len(data.factor_sizes)}: how many of {", ".join(data.factor_names)}, from the last')
+            fail(f'--factors takes 2 to {len(data.factor_sizes)}: how many, from the last, of ' + ', '.join(data.factor_names))
         encode = encoder_of(model, data, s['precision'])
         for K, L in itertools.product(args.factors, args.pairs):
             K = K or len(data.factor_sizes)
@@ -719,100 +723,110 @@ def score(argv):
                 encode, data.factor_sizes, pairs=L, factors=range(len(data.factor_sizes))[-K:], train=args.train,
                 test=args.train // 2, rng=np.random.default_rng(args.seed))
             summary.setdefault('scores', []).append(dict(
-                score=accuracy, L=L, K=K, factors=data.factor_names[-K:], train=args.train, test=args.train // 2, seed=args.seed))
+                score=accuracy, L=L, K=K, factors=data.factor_names[-K:], train=args.train, test=args.train // 2,
+                seed=args.seed))
             write(run / 'summary.json', json.dumps(summary, indent=1).encode())
             print(f'{run}: {accuracy:.2%} with L = {L}, K = {K}, {args.train:,} training points', flush=True)
 
 
 # Accuracy in %, Higgins et al. 2017, table 1 (fully connected network; their L and K are not certain).
-USUAL = dict(crop=None, latents=10, beta_from=0, anneal=0, capacity=None, gamma=None, likelihood='bernoulli', batch=64, lr=5e-4, warmup=0)
-PUBLISHED = {'ground truth': 100, 'raw pixels': 45.75, 'PCA': 84.9, 'ICA': 42.03, 'untrained VAE': 44.14, 'VAE': 61.58, 'β-VAE': 99.23}
+PUBLISHED = {'raw pixels': 45.75, 'PCA': 84.9, 'ICA': 42.03, 'untrained VAE': 44.14, 'VAE': 61.58, 'β-VAE': 99.23}
 
 
 def table(argv):
-    """The paper's table: the score of codes that need no network, of an untrained one, and of runs, against L and K."""
-    parser = Parser(prog='betavae.py table', description="The table of Higgins et al. 2017, with the MIG, for the K and L asked.")
-    parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='finished runs on dsprites; those that differ in seed only are one row')
+    """The paper's table: the score, against L and K, of codes that need no network, of an untrained one, and of runs."""
+    parser = Parser(prog='betavae.py table', description='The table of Higgins et al. 2017, with the MIG, on dsprites.')
+    parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='runs that differ in seed only are one row')
     parser.add_argument('--pairs', type=integers, default=[1, 5, 20, 64, 200], metavar='L,…', help='(default 1,5,20,64,200)')
-    parser.add_argument('--factors', type=integers, default=[4, 5], metavar='K,…', help='the last K factors may be chosen (default 4,5)')
-    parser.add_argument('--seeds', type=number(int, 1, 100), default=3, help='of the rows that are no runs (default %(default)s)')
+    parser.add_argument('--factors', type=integers, default=[4, 5], metavar='K,…', help='the last K may be chosen (default 4,5)')
+    parser.add_argument('--seeds', type=number(int, 1, 100), default=3, help='of rows that are no runs (default %(default)s)')
     parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points (default %(default)s)')
-    parser.add_argument('--out', type=Path, default=Path('results'), help='folder of metric.json, .md and .png (default %(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('results'), help='for metric.json, .md, .png (default %(default)s)')
     args = parser.parse_args(argv)
     if not set(args.factors) <= {2, 3, 4, 5}:
         fail('--factors takes 2 to 5: how many of the factors of dsprites, from the last')
     data = load_data('dsprites')
     v = np.stack(np.unravel_index(np.arange(len(data)), data.factor_sizes), 1)              # (N, 5)
+    rows = networkless(data, v, args.seeds) + [trained(run, data) for run in args.runs]     # (label, seed, → encode)
+    keys = [f'{label} | {seed}' for label, seed, _ in rows]
+    if len(set(keys)) < len(keys):
+        fail(f'two runs are both {next(key for key in keys if keys.count(key) > 1)}')
 
-    def pixels(index):
-        return data.images(index).reshape(len(index), -1).astype(np.float32) / 255
-
-    def linear(fit):
-        def encoder(seed):
-            rng = np.random.default_rng(seed)
-            mean, matrix = fit(rng, pixels(rng.integers(len(data), size=10000)))
-            codes = np.concatenate([(pixels(part) - mean) @ matrix for part in np.array_split(np.arange(len(data)), 200)])
-            return lambda index: codes[index]
-        return encoder
-
-    def untrained(seed):
-        torch.manual_seed(seed)
-        return encoder_of(BetaVAE(1, 10), data, 'bf16' if has_bf16('cpu') else 'fp32')
-    rows = [('ground truth', s, lambda _: lambda i: v[i] / data.factor_sizes) for s in range(args.seeds)]
-    rows += [('raw pixels', s, lambda _: pixels) for s in range(args.seeds)]
-    rows += [('PCA', s, linear(lambda rng, x: metrics.pca(x))) for s in range(args.seeds)]
-    rows += [('ICA', s, linear(lambda rng, x: metrics.fast_ica(x, rng=rng))) for s in range(args.seeds)]
-    rows += [('untrained', s, untrained) for s in range(args.seeds)]
-    for run in args.runs:
-        s, summary, on, model = finished(run)
-        if on.name != 'dsprites':
-            fail(f'{run} was trained on {s["data"]}; the table is of dsprites')
-        kind = 'β-TCVAE' if s['tc'] else f"capacity {s['capacity']:g}" if s['capacity'] is not None else 'VAE' if s['beta'] == 1 else 'β-VAE'
-        other = {k: s[k] for k in OPTIONS if k not in ('data', 'beta', 'tc', 'steps', 'seed', 'device', 'precision') and s[k] != USUAL[k]}
-        label = ', '.join([f"{kind} (β {s['beta']:g}", f"{summary['steps']:,} steps", *(f'{k} {x}' for k, x in other.items())]) + ')'
-        rows.append((label, s['seed'], functools.partial(lambda model, precision, _: encoder_of(model, data, precision), model, s['precision'])))
-
-    # Each score is written as soon as it is there, and not computed again.
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / 'metric.json'
+    path = args.out / 'metric.json'                 # each score is written as soon as it is there, and not computed again
     found = json.loads(path.read_text('utf-8')) if path.exists() else {}
-    for label, seed, _ in rows:
-        if [row[:2] for row in rows].count((label, seed)) > 1:
-            fail(f'two runs are both {label}, seed {seed}')
-    cells = list(itertools.product(args.factors, args.pairs))
-    for label, seed, encoder in rows:
-        scores, encode = found.setdefault(f'{label} | {seed}', {}), None
-        wanted = [f'K {K}, L {L}, {args.train} points' for K, L in cells] + ['MIG'] * (label != 'raw pixels')
-        for cell, (K, L) in zip(wanted, cells + [(None, None)]):
-            if cell in scores:
+    name = lambda K, L: f'K {K}, L {L}, {args.train} points'
+    for key, (label, seed, make) in zip(keys, rows):
+        scores, encode = found.setdefault(key, {}), None
+        for K, L in [*itertools.product(args.factors, args.pairs), ('MIG', 0)]:
+            cell = 'MIG' if K == 'MIG' else name(K, L)
+            if cell in scores or (cell == 'MIG' and label == 'raw pixels'):
                 continue
-            encode = encode or encoder(seed)
+            encode = encode or make()
             if cell == 'MIG':
                 scores[cell] = metrics.mutual_information_gap(encode(np.arange(len(data))), v)[0]
             else:
-                scores[cell] = metrics.disentanglement_score(encode, data.factor_sizes, pairs=L, factors=range(5)[-K:],
-                                                             train=args.train, test=args.train // 2, rng=np.random.default_rng(seed))
+                scores[cell] = metrics.disentanglement_score(
+                    encode, data.factor_sizes, pairs=L, factors=range(5)[-K:], train=args.train, test=args.train // 2,
+                    rng=np.random.default_rng(seed))
             write(path, json.dumps(found, indent=1, ensure_ascii=False).encode())
-            print(f'{label}, seed {seed}: {cell}: {scores[cell]:.4f}', flush=True)
+            print(f'{key}: {cell}: {scores[cell]:.4f}', flush=True)
 
+    def over_seeds(label, cell):
+        """Mean and standard deviation of a cell over the seeds of a row; NaN where there is none."""
+        x = np.array([found[key].get(cell, np.nan) for key, row in zip(keys, rows) if row[0] == label])
+        return x.mean(), x.std(ddof=min(1, len(x) - 1)), len(x)
     labels = list(dict.fromkeys(label for label, _, _ in rows))
-    of = lambda label, cell: np.array([found[f'{name} | {seed}'].get(cell, np.nan) for name, seed, _ in rows if name == label])
-    show = lambda x, scale: '' if np.isnan(x).any() else f'{scale * x.mean():.{1 if scale > 1 else 3}f} ± {scale * x.std(ddof=len(x) > 1):.{1 if scale > 1 else 3}f}'
+    cells = list(itertools.product(args.factors, args.pairs))
     lines = ['| code | seeds | ' + ' | '.join(f'K = {K}, L = {L}' for K, L in cells) + ' | MIG |', '|' + '---|' * (len(cells) + 3)]
     for label in labels:
-        values = [show(of(label, f'K {K}, L {L}, {args.train} points'), 100) for K, L in cells]
-        lines.append(f"| {label} | {len(of(label, ''))} | {' | '.join(values)} | {show(of(label, 'MIG'), 1)} |")
+        accuracies = [over_seeds(label, name(K, L)) for K, L in cells]
+        mig, deviation, n = over_seeds(label, 'MIG')
+        lines.append(f'| {label} | {n} | ' + ' | '.join(f'{100 * m:.1f} ± {100 * d:.1f}' for m, d, _ in accuracies)
+                     + (' | |' if np.isnan(mig) else f' | {mig:.3f} ± {deviation:.3f} |'))
     write(args.out / 'metric.md', '\n'.join([*lines, '']).encode())
     panels = []
     for K in args.factors:
-        series = {}
-        for label in labels:
-            x = np.array([of(label, f'K {K}, L {L}, {args.train} points') for L in args.pairs]) * 100      # (L, seeds)
-            series[label.replace('β', 'beta')] = (args.pairs, x.mean(1), x.std(1, ddof=min(1, x.shape[1] - 1)))
-        panels.append(dict(title=f'accuracy in %, K = {K}', x='L (pairs averaged for one point)', series=series, log_x=True,
-                           limits=(0, 100), lines={f"{name.replace('β', 'beta')}, 2017": y for name, y in PUBLISHED.items() if y < 100}))
+        points = {label: 100 * np.array([over_seeds(label, name(K, L))[:2] for L in args.pairs]).T for label in labels}
+        panels.append(dict(
+            title=f'accuracy in %, K = {K}', x='L, pairs averaged for one point', log_x=True, limits=(0, 100),
+            series={label.replace('β', 'beta'): (args.pairs, mean, deviation) for label, (mean, deviation) in points.items()},
+            lines={f"{label.replace('β', 'beta')}, 2017": y for label, y in PUBLISHED.items()}))
     save_picture(args.out / 'metric.png', chart(panels, size=(600, 480)))
     print('\n'.join(lines))
+
+
+def networkless(data, v, seeds):
+    """The table's rows that need no training: (label, seed, a function that makes the encoder)."""
+    def pixels(index):
+        return data.images(index).reshape(len(index), -1).astype(np.float32) / 255
+
+    def linear(fit, seed):
+        rng = np.random.default_rng(seed)
+        mean, matrix = fit(pixels(rng.integers(len(data), size=10000)), rng=rng)
+        codes = np.concatenate([(pixels(part) - mean) @ matrix for part in np.array_split(np.arange(len(data)), 200)])
+        return lambda index: codes[index]
+
+    def untrained(seed):
+        torch.manual_seed(seed)
+        return encoder_of(BetaVAE(1, 10), data, 'fp32')
+    makers = {'ground truth': lambda seed: lambda index: v[index] / data.factor_sizes, 'raw pixels': lambda seed: pixels,
+              'PCA': lambda seed: linear(lambda x, rng: metrics.pca(x), seed),
+              'ICA': lambda seed: linear(lambda x, rng: metrics.fast_ica(x, rng=rng), seed), 'untrained': untrained}
+    return [(label, seed, functools.partial(make, seed)) for label, make in makers.items() for seed in range(seeds)]
+
+
+def trained(run, data):
+    """A run's row of the table. Its label is its objective, its steps, and every option that is not the usual one."""
+    s, summary, on, model = finished(run)
+    if on.name != data.name:
+        fail(f"{run} was trained on {s['data']}; the table is of {data.name}")
+    kind = 'β-TCVAE' if s['tc'] else 'VAE' if s['beta'] == 1 and s['capacity'] is None else 'β-VAE'
+    usual = vars(training_parser().parse_args([])) | dict(latents=10, beta_from=0, likelihood='bernoulli')
+    told = ('data', 'run', 'beta', 'tc', 'steps', 'seed', 'device', 'precision')
+    unusual = [f'{k} {s[k]}' for k in OPTIONS if k not in told and s[k] != usual[k]]
+    words = ', '.join([f"β {s['beta']:g}", f"{summary['steps']:,} steps", *unusual])
+    return f'{kind} ({words})', s['seed'], lambda: encoder_of(model, data, s['precision'])
 
 
 def finished(run):
@@ -854,8 +868,8 @@ def number(kind, low, high):
 
 
 COMMANDS = dict(compare=compare, score=score, table=table)
-OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'tc', 'capacity', 'gamma', 'likelihood', 'steps', 'batch', 'lr', 'warmup', 'seed',
-           'device', 'precision']
+OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'tc', 'capacity', 'gamma', 'likelihood', 'steps', 'batch',
+           'lr', 'warmup', 'seed', 'device', 'precision']
 
 
 def training_parser():
@@ -870,9 +884,9 @@ def training_parser():
     g = parser.add_argument_group('objective')
     g.add_argument('--beta', type=real, default=1.0, help='β, the weight of the KL term (default %(default)g)')
     g.add_argument('--beta-from', type=real, help='β at step 0 with --anneal (default 0)')
-    g.add_argument('--anneal', type=whole, default=0, help='steps over which β moves to --beta (default %(default)s: constant)')
+    g.add_argument('--anneal', type=whole, default=0, help='steps over which β moves (default %(default)s: constant)')
     g.add_argument('--tc', action='store_true', help='β-TCVAE: β on the total correlation alone')
-    g.add_argument('--capacity', type=real, help='C in nats: γ |KL − C| in place of β KL, C climbing from 0 over --anneal steps')
+    g.add_argument('--capacity', type=real, help='C: γ |KL − C| in place of β KL; C climbs over --anneal steps')
     g.add_argument('--gamma', type=real, help='γ, with --capacity (default 1000)')
     g.add_argument('--likelihood', choices=['bernoulli', 'gaussian'],
                    help='p(x|z) (default bernoulli for black and white, gaussian of variance ½ for colour)')
@@ -880,9 +894,9 @@ def training_parser():
     g.add_argument('--steps', type=some, default=50000, help='(default %(default)s)')
     g.add_argument('--batch', type=number(int, 1, 65536), default=64, help='B (default %(default)s)')
     g.add_argument('--lr', type=number(float, 1e-12, 1e6), default=5e-4, help='learning rate (default %(default)s)')
-    g.add_argument('--warmup', type=whole, default=0, help='steps over which the learning rate climbs (default %(default)s)')
+    g.add_argument('--warmup', type=whole, default=0, help='steps over which it climbs (default %(default)s)')
     g = parser.add_argument_group('run')
-    g.add_argument('--run', help='folder of the run; the same command goes on there (default: runs/ + a name made from the options)')
+    g.add_argument('--run', help='folder of the run (default: runs/ + a name made from the options)')
     g.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='(default %(default)s)')
     g.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='auto: cuda, then mps, then cpu')
     g.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
@@ -899,8 +913,9 @@ def settle(args, parser):
     if args.capacity is not None and (args.tc or args.beta != 1 or args.beta_from is not None):
         fail('--capacity takes the place of --beta, --beta-from and --tc')
     if not args.run:
+        unnamed = ('data', 'beta', 'steps', 'device', 'precision')
         words = [k if v is True else f'{k}{v:g}' if isinstance(v, float) else f'{k}{v}' for k in OPTIONS
-                 if (v := getattr(args, k)) != parser.get_default(k) and k not in ('data', 'beta', 'steps', 'device', 'precision')]
+                 if (v := getattr(args, k)) != parser.get_default(k) and k not in unnamed]
         args.run = str(Path('runs', '-'.join([Path(args.data).stem, f'beta{args.beta:g}', *words]).replace('_', '')))
     if Path(args.run).exists() and not Path(args.run).is_dir():
         fail(f'--run {args.run} is a file; give a folder')
@@ -924,12 +939,15 @@ def settle(args, parser):
     if args.dataset.train_size < 1:
         fail(f'{args.data} holds one image; at least two are needed: one is held out')
     if args.anneal > args.steps:
-        print(f'warning: {"β" if args.capacity is None else "C"} will not arrive: --anneal {args.anneal:,} is more than --steps {args.steps:,}', file=sys.stderr)
+        print(f'warning: {"β" if args.capacity is None else "C"} will not arrive: --anneal {args.anneal:,} is more than '
+              f'--steps {args.steps:,}', file=sys.stderr)
     if args.batch > args.dataset.train_size:
         fail(f'--batch {args.batch} is more than the {args.dataset.train_size} training images of {args.data}')
     args.latents = args.latents or (10 if args.dataset.name == 'dsprites' else 32)
     args.likelihood = args.likelihood or ('bernoulli' if args.dataset.shape[0] == 1 else 'gaussian')
-    args.beta_from, args.gamma = args.beta_from or 0.0, 1000.0 if args.gamma is None and args.capacity is not None else args.gamma
+    args.beta_from = args.beta_from or 0.0
+    if args.capacity is not None and args.gamma is None:
+        args.gamma = 1000.0
     differ = [f"--{k.replace('_', '-')} {found[k]} there, {getattr(args, k)} here" for k in OPTIONS
               if k in found and k != 'steps' and found[k] != getattr(args, k)]
     if found and found.get('versions', {}).get('data') != args.dataset.version:
