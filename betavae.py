@@ -96,10 +96,15 @@ class BetaVAE(nn.Module):
         return self.decoder(z).to(torch.float32, memory_format=torch.contiguous_format) + self.bias
 
     def forward(self, x, noise=None):
-        """Images → logits (B, C, 64, 64), z, μ, log σ² (B, J): z = μ + σ · noise, the noise standard normal (B, J)."""
+        """Images → logits (B, C, 64, 64), μ, log σ² (B, J). The noise behind z is standard normal, (B, J)."""
         mu, logvar = self.encode(x)
-        z = mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if noise is None else noise)
-        return self.decode(z), z, mu, logvar
+        z = sample(mu, logvar, torch.randn_like(mu) if noise is None else noise)
+        return self.decode(z), mu, logvar
+
+
+def sample(mu, logvar, noise):
+    """z = μ + σ · noise, a draw from q(z|x) with noise from N(0, 1): all (B, J). Kingma and Welling 2014, section 2.4."""
+    return mu + torch.exp(0.5 * logvar) * noise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +156,7 @@ def total_correlation(z, mu, logvar, n):
     return (log_qz - log_qzj.sum(1)).mean()
 
 
-def penalty(args, beta, z, mu, logvar, n):
+def penalty(args, beta, mu, logvar, noise, n):
     """What is added to the reconstruction, in nats, and KL_j, (J,), averaged over the batch.
 
     default       β · KL                        Higgins et al. 2017
@@ -160,7 +165,7 @@ def penalty(args, beta, z, mu, logvar, n):
     """
     kl = kl_per_latent(mu, logvar).mean(0)
     if args.tc:
-        return kl.sum() + (beta - 1) * total_correlation(z, mu, logvar, n), kl
+        return kl.sum() + (beta - 1) * total_correlation(sample(mu, logvar, noise), mu, logvar, n), kl
     if args.capacity is not None:
         return args.gamma * (kl.sum() - beta).abs(), kl
     return beta * kl.sum(), kl
@@ -223,9 +228,9 @@ def train(args):
             x, noise = batch(data, args.seed, step, args.batch, args.latents, device)
 
             with precision():
-                logits, z, mu, logvar = model(x, noise)
+                logits, mu, logvar = model(x, noise)
             recon = reconstruction(logits, x, args.likelihood)
-            weighted, kl = penalty(args, beta, z, mu, logvar, data.train_size)              # kl: (J,)
+            weighted, kl = penalty(args, beta, mu, logvar, noise, data.train_size)          # kl: (J,)
             loss = recon + weighted
             optimiser.zero_grad()
             loss.backward()
@@ -273,9 +278,9 @@ def evaluate(model, images, args, beta):
     """Loss, reconstruction and KL_j of images (uint8), with noise that is the same each time: a tensor (2 + J,)."""
     x = as_input(images)
     noise = torch.randn(len(x), model.latents, generator=torch.Generator().manual_seed(0)).to(x.device)
-    logits, z, mu, logvar = model(x, noise)
+    logits, mu, logvar = model(x, noise)
     recon = reconstruction(logits, x, args.likelihood)
-    weighted, kl = penalty(args, beta, z, mu, logvar, len(x))
+    weighted, kl = penalty(args, beta, mu, logvar, noise, len(x))
     return torch.cat([torch.stack([recon + weighted, recon]), kl])
 
 
@@ -570,7 +575,7 @@ def top_latent(mu, logvar, kl, seed=0):
     """The documents' picture, as codes (3, 10, J): the zero vector with the latent of largest mean KL varied from its
     least to its greatest sampled value; the second and third row add one and two mean posterior standard deviations."""
     sigma, j = torch.exp(0.5 * logvar), int(kl.argmax())
-    z = mu + sigma * torch.randn(mu.shape, generator=torch.Generator().manual_seed(seed))
+    z = sample(mu, logvar, torch.randn(mu.shape, generator=torch.Generator().manual_seed(seed)))
     row = traverse(torch.zeros(mu.shape[1]), [j], torch.linspace(z[:, j].min(), z[:, j].max(), 10))
     return torch.cat([row + n * sigma.mean(0) for n in range(3)])
 
@@ -638,7 +643,7 @@ def draw(run, args, model, held_out, frames, seconds):
         dict(title='beta' if args.capacity is None else 'capacity C', x='step', series={'': (steps, log['beta'])})]))
 
     noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(0))
-    z = (mu + torch.exp(0.5 * logvar) * noise).to(held_out.device)
+    z = sample(mu, logvar, noise).to(held_out.device)
     recon = [reconstruction(model.decode(part), as_input(x), likelihood) * len(x)
              for part, x in zip(z.split(64), held_out.split(64))]
     summary = dict(

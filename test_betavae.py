@@ -93,8 +93,8 @@ def test_schedules():
 def test_shapes_and_layers():
     model = betavae.BetaVAE(3, 6)
     x = torch.rand(2, 3, 64, 64)
-    logits, z, mu, logvar = model(x)
-    assert logits.shape == x.shape and z.shape == mu.shape == logvar.shape == (2, 6)
+    logits, mu, logvar = model(x)
+    assert logits.shape == x.shape and mu.shape == logvar.shape == (2, 6)
     assert model.decode(mu).shape == x.shape
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [32, 32, 64, 64]
@@ -451,6 +451,16 @@ def test_each_step_of_each_factor_changes_the_face_and_nothing_else_does():
     np.testing.assert_array_equal(d.images(index)[::7], d.images(index[::7]))   # not on its neighbours, nor on the call
 
 
+def test_faces_have_the_variances_that_the_documents_betas_ask_for():
+    """λ_i > β/2 decides which direction is worth a latent: none at β = 1000, a few at 100, about ten at 10."""
+    d = data.load('faces')
+    x = d.images(np.random.default_rng(0).integers(len(d), size=1500)).reshape(1500, -1) / np.float32(255)
+    x -= x.mean(0)
+    eigenvalues = np.linalg.eigvalsh(x @ x.T / len(x))
+    assert 150 < eigenvalues[-1] < 400
+    assert 2 <= (eigenvalues > 50).sum() <= 4 and 7 <= (eigenvalues > 5).sum() <= 12
+
+
 def test_held_out_and_training_parts_are_apart():
     for n in (2, 18, 19, 20, 39, 1000):
         d = data.Dataset('toy', (1, 64, 64), {}, None, size=n)
@@ -700,15 +710,16 @@ def test_minibatch_estimate_of_q_is_unbiased_and_exact_for_the_whole_set():
 
 def test_objectives():
     """β-TCVAE with β = 1 is the VAE; capacity is reached from both sides."""
-    z, mu, logvar = torch.randn(3, 8, 5)
+    noise, mu, logvar = torch.randn(3, 8, 5)
+    z = mu + torch.exp(0.5 * logvar) * noise
     args = betavae.training_parser().parse_args(['--tc'])
     kl = betavae.kl_per_latent(mu, logvar).mean(0)
-    torch.testing.assert_close(betavae.penalty(args, 1.0, z, mu, logvar, 100), (kl.sum(), kl))
-    more = betavae.penalty(args, 3.0, z, mu, logvar, 100)[0]
+    torch.testing.assert_close(betavae.penalty(args, 1.0, mu, logvar, noise, 100), (kl.sum(), kl))
+    more = betavae.penalty(args, 3.0, mu, logvar, noise, 100)[0]
     torch.testing.assert_close(more, kl.sum() + 2 * betavae.total_correlation(z, mu, logvar, 100))
     args = betavae.training_parser().parse_args(['--capacity', '9', '--gamma', '10'])
     for c in (0.0, 1000.0):
-        torch.testing.assert_close(betavae.penalty(args, c, z, mu, logvar, 100)[0], 10 * abs(kl.sum() - c))
+        torch.testing.assert_close(betavae.penalty(args, c, mu, logvar, noise, 100)[0], 10 * abs(kl.sum() - c))
 
 
 def test_pca_and_ica_find_what_is_there():
