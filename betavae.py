@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy", "torch", "pillow"]
+# dependencies = ["numpy>=1.25", "torch>=2.6", "pillow>=10.1"]
 # ///
 """β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β, in one file to read beside the paper.
 
@@ -311,9 +311,8 @@ def say(done, args, beta, means, steps_per_second):
     left = (args.steps - done) / steps_per_second
     left = f'{left / 3600:.1f} h' if left > 5400 else f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'
     name = 'β' if args.capacity is None else 'C'
-    line = (f'step {done:,} of {args.steps:,}   {name} {beta:.4g}   reconstruction {means[1]:.2f}   '
-            f'KL {sum(means[2:]):.2f}   active {active} of {args.latents}   {steps_per_second * args.batch:,.0f} images/s   '
-            f'{left} left')
+    line = (f'step {done:,}/{args.steps:,}  {name} {beta:.4g}  recon {means[1]:.1f}  KL {sum(means[2:]):.2f}  '
+            f'active {active}/{args.latents}  {left} left  {steps_per_second * args.batch:,.0f} images/s')
     if sys.stdout.isatty():
         print(f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='', flush=True)
     else:
@@ -847,6 +846,8 @@ load_data = functools.lru_cache(maxsize=2)(datasets.load)
 
 
 def fail(message, code=2):
+    if sys.stdout.isatty():
+        print()                                     # below the line of progress
     print(f'betavae: {message}', file=sys.stderr)
     raise SystemExit(code)
 
@@ -926,8 +927,8 @@ def settle(args, parser):
         fail(f'--run {args.run} is a file; give a folder')
     path = Path(args.run, 'settings.json')
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        found = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
         fail(f'{path} cannot be read ({error}); to begin anew, delete {args.run}')
     if not found and Path(args.run, 'checkpoint.pt').exists():
         fail(f'{args.run} holds a checkpoint but no settings.json; to begin anew, delete it')

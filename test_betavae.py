@@ -373,7 +373,7 @@ def test_another_place_and_an_ascii_terminal(tmp_path):
     run = tmp_path / 'ein Lauf, β = 1'
     result = subprocess.run([sys.executable, HERE / 'betavae.py', '--steps', '2', '--run', run, *map(str, SMALL)], capture_output=True,
                             env=dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii'))
-    assert result.returncode == 0 and b'step 2 of 2' in result.stdout, result.stderr
+    assert result.returncode == 0 and b'step 2/2' in result.stdout, result.stderr
     assert (run / 'summary.json').exists()
 
 
