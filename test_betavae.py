@@ -334,13 +334,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys, monkeypatc
 
     def spoilt(mu, logvar, kl=betavae.kl_per_latent):
         return kl(mu, logvar) * torch.tensor([1, 1, math.nan])
-    monkeypatch.setattr(betavae, 'kl_per_latent', spoilt)
-    with pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(betavae, 'kl_per_latent', spoilt)
         train('--run', 'a', *SMALL, steps=6)
     error = capsys.readouterr().err
     assert stop.value.code == 1 and 'the KL of z2 is NaN or infinite at step 4' in error and 'checkpoint.pt is the last good one' in error
     assert Path('a/checkpoint.pt').read_bytes() == before
-    monkeypatch.undo()
     with pytest.raises(SystemExit) as stop:
         train('--run', 'b', '--lr', 10, *SMALL, steps=60)                       # for real
     error = capsys.readouterr().err
