@@ -509,7 +509,7 @@ COLOURS = ['#1f6fb4', '#e07b28', '#3c9a3c', '#c23b3b', '#8458b3', '#7a5548', '#d
 def chart(panels, size=(460, 320)):
     """Line charts side by side. A panel is a dictionary: title, x (the axis' name), series {name: (xs, ys)}, or with a
     third array, the standard deviations, drawn as bars; optionally log_x, and lines {name: y} drawn across."""
-    (w, h), (left, right, top, bottom) = size, (64, 16, 34, 46)
+    (w, h), (left, right, top, bottom) = size, (64, 28, 34, 46)
     picture = Image.new('RGB', (w * len(panels), h), 'white')
     pen = ImageDraw.Draw(picture)
     for k, panel in enumerate(panels):
