@@ -348,7 +348,7 @@ def on_signals(act):
 
 def keep_freed_memory():
     """Let glibc keep freed memory. It would hand back each 4 MB activation, and the page faults on mapping the next one
-    cost a third of a step. Elsewhere (macOS, Windows) there is no mallopt, and nothing happens."""
+    cost up to a third of a step. Elsewhere (macOS, Windows) there is no mallopt, and nothing happens."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)                   # M_MMAP_THRESHOLD: blocks up to 32 MB come from the heap
@@ -904,9 +904,9 @@ def training_parser():
     g = parser.add_argument_group('run')
     g.add_argument('--run', help='folder of the run (default: runs/ + a name made from the options)')
     g.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='(default %(default)s)')
-    g.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='auto: cuda, then mps, then cpu')
+    g.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='auto (default): cuda, mps, or cpu')
     g.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
-                   help='auto: bf16 where the processor or GPU has units for it')
+                   help='auto (default): bf16 where the processor or GPU has units for it')
     return parser
 
 

@@ -284,24 +284,24 @@ def faces():
     Shape hangs on few factors and colour on the others, so an image is Σ over layers of coverage × colour.
     """
     masks = face_masks()
-    tables = on_device(*masks.values())
+    tables = on_device(*masks.values(), np.array([BACKGROUND, SKIN, HAIR], np.float32),
+                       np.array([CLOTHES, WHITE, DARK, LIPS], np.float32))
 
     def draw(index):
         device, n = index.device, len(index)
-        m = dict(zip(masks, tables(device)))
+        *planes, ends, fixed = tables(device)                                     # ends (3, 2, 3), fixed (4, 3): RGB
+        m = dict(zip(masks, planes))
         v = dict(zip(FACES, unravel(index, FACES.values())))
         level = {name: v[name].float()[:, None] / (size - 1) for name, size in FACES.items()}         # (n, 1) in [0, 1]
 
         def row(name, factor):
             return m[name][v['azimuth'] * FACES[factor] + v[factor]]              # (n, 4096)
 
-        def between(ends, name):
-            low, high = torch.tensor(ends, device=device)
-            return low + level[name] * (high - low)                               # (n, 3)
+        def between(k, name):
+            return ends[k, 0] + level[name] * (ends[k, 1] - ends[k, 0])           # (n, 3)
         angle = torch.sin((level['lighting angle'] - 0.5) * 2.4)                  # light from the left … from the right
         shading = 0.56 * (level['background shading'] - 0.5)
-        background, skin, hair = (between(*c) for c in ((BACKGROUND, 'background colour'), (SKIN, 'skin tone'),
-                                                        (HAIR, 'hair colour')))
+        background, skin, hair = (between(*c) for c in enumerate(('background colour', 'skin tone', 'hair colour')))
         white, dark, lips = row('white', 'smile'), row('dark', 'smile'), row('lips', 'smile')
         under = 1 - row('fringe', 'forehead')                                     # not hidden by the fringe
         bare = under * (1 - white - dark - lips)
@@ -311,11 +311,11 @@ def faces():
         layers = ((wall, 1, background), (wall, m['ramp'], shading.expand(n, 3)),
                   (locks, 1, hair), (locks, m['roundness'], 0.40 * angle * hair),
                   (bare, row('skin', 'jaw'), skin), (bare, row('side', 'jaw'), 0.56 * angle * skin),
-                  (under, m['clothes'], CLOTHES), (under, white, WHITE), (under, dark, DARK), (under, lips, LIPS))
-        coverage = torch.empty(n, len(layers), 4096, device=device)
+                  (under, m['clothes'], fixed[0]), (under, white, fixed[1]), (under, dark, fixed[2]), (under, lips, fixed[3]))
+        coverage = torch.empty(n, len(layers), 4096, device=device)               # (n, layers, 4096)
         for k, (mask, share, _) in enumerate(layers):
             torch.mul(mask, share, out=coverage[:, k])
-        colours = torch.stack([torch.as_tensor(c, device=device).expand(n, 3) for *_, c in layers], 1)
+        colours = torch.stack([colour.expand(n, 3) for *_, colour in layers], 1)  # (n, layers, 3)
         x = torch.bmm(colours.transpose(1, 2), coverage).clamp_(0, 1).mul_(255).add_(0.5)             # (n, 3, 4096)
         return x.to(torch.uint8).view(n, 3, 64, 64)
     return Dataset('faces', (3, 64, 64), FACES, draw)
