@@ -209,7 +209,8 @@ def cover(f):
 def face_masks():
     """What covers each pixel, tabulated for the factors that give shape: a dictionary of float32 (rows, 4096).
 
-    A row is a pair (azimuth, second factor); the second is none for `clothes`, `ramp` and `roundness`.
+    A row is a pair (azimuth, second factor): until the last line everything broadcasts to (azimuths, values of the second,
+    64, 64), and `+ 0 * smile` gives a mask that second axis. `clothes`, `ramp` and `roundness` have one row.
     """
     x, y = np.meshgrid((np.arange(64) - 31.5) / 1.2, (np.arange(64) - 33.5) / 1.2)    # from the middle, y down
 
@@ -231,7 +232,7 @@ def face_masks():
     below = np.maximum(y, 0) / (19 + 2 * jaw)
     width = 13.5 + jaw * 0.8
     head = cover(np.abs((x - at) / width) ** (2 + jaw) + below ** (1.5 + 3.5 * jaw) + (np.minimum(y, 0) / 19) ** 2 - 1)
-    neck = cover(np.maximum(np.abs(x - at / 3) - 6 - jaw, 8 - y)) + 0 * turn
+    neck = cover(np.maximum(np.abs(x - at / 3) - 6 - jaw, 8 - y))
     clothes = cover((x / 25) ** 2 + ((y - 38) / 14) ** 2 - 1)
     round_x = np.clip((x - at) / 15, -1, 1)                                       # the surface normal, roughly
     body = 1 - (1 - head) * (1 - neck) * (1 - clothes)
@@ -272,7 +273,7 @@ def face_masks():
     teeth = cover(np.abs(y - middle) - opening + 0.3) * (np.abs(across) < 1) * mouth
     lips = np.maximum(lips, mouth) * (1 - teeth)
     white = np.maximum(white * (1 - dark), teeth)
-    masks = dict(clothes=clothes * 1, ramp=-y / 27, roundness=np.clip(x / 17, -1, 1),
+    masks = dict(clothes=clothes, ramp=-y / 27, roundness=np.clip(x / 17, -1, 1),
                  body=body, skin=skin, side=head * round_x, behind=behind, fringe=cover(fringe), white=white + 0 * smile,
                  dark=dark * (1 - mouth) + 0 * smile, lips=lips)
     return {name: np.ascontiguousarray(mask.reshape(-1, 4096), np.float32) for name, mask in masks.items()}
