@@ -61,26 +61,28 @@ def features(encode, sizes, pairs, factors, points, rng):
     return np.concatenate(x), k
 
 
-def softmax_regression(x, k, classes, ridge=1e-6):
+def softmax_regression(x, k, classes, ridge=1e-4):
     """Multinomial logistic regression to convergence: points (n, J), classes (n,) → weights (J + 1, classes), bias last.
 
     Minimises the mean cross-entropy + ridge / 2 · ‖W‖² with features scaled to unit variance. That is strictly convex, so
-    its optimum does not depend on the optimiser (L-BFGS in float64). The ridge only keeps separable problems finite.
+    its optimum does not depend on the optimiser (L-BFGS in float64). On ten latents the score moves by 0.2 points between
+    ridges of 1e-8 and 1e-3, so it only keeps separable problems finite; on 4,096 raw pixels, which overfit 10,000 points, it
+    does matter (K = 4, L = 20: 43.5 % at 1e-6, 43.8 % at 1e-4, 48.3 % at 1e-2).
     """
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-12)
-    a = torch.from_numpy(np.hstack([(x - mean) / scale, np.ones((len(x), 1))]))
+    a = torch.from_numpy(np.hstack([(x - mean) / scale, np.ones((len(x), 1))]))   # (n, J + 1)
     k = torch.from_numpy(np.asarray(k))
-    w = torch.zeros(a.shape[1], classes, dtype=torch.float64, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([w], max_iter=500, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-10,
+    w = torch.zeros(classes, a.shape[1], dtype=torch.float64, requires_grad=True)  # 4 times faster than its transpose
+    lbfgs = torch.optim.LBFGS([w], max_iter=2000, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-10,
                               line_search_fn='strong_wolfe')
 
     def loss():
         lbfgs.zero_grad()
-        value = F.cross_entropy(a @ w, k) + ridge / 2 * (w ** 2).sum()
+        value = F.cross_entropy(F.linear(a, w), k) + ridge / 2 * (w ** 2).sum()
         value.backward()
         return value
     lbfgs.step(loss)
-    w = w.detach().numpy()
+    w = w.detach().numpy().T
     unscaled = w[:-1] / scale[:, None]
     return np.vstack([unscaled, w[-1] - mean @ unscaled])
 
