@@ -6,8 +6,7 @@
 
     python betavae.py --beta 100 --anneal 40000         train; pictures, a log and checkpoints land in runs/
     python betavae.py compare runs/A runs/B             one sheet and one table of several runs
-    python betavae.py score runs/A                      the disentanglement metric of a finished run
-    python betavae.py table runs/A runs/B               the paper's table, of codes without a network and of runs
+    python betavae.py score runs/A runs/B               the disentanglement metric of finished runs, as the paper's table
 
     from betavae import load
     model = load('runs/A')
@@ -196,6 +195,8 @@ def train(args):
         model = BetaVAE(data.shape[0], args.latents)
     model = model.to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != 'mps')
+    # On a GPU the launches of some hundred small kernels would bound the step: compiled, they are one CUDA graph.
+    network = torch.compile(model, mode='reduce-overhead') if device.type == 'cuda' else model
     precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
     held_out = torch.from_numpy(data.images(data.held_out(1000))).to(device)                # (≤ 1000, C, 64, 64)
 
@@ -227,12 +228,12 @@ def train(args):
                 group['lr'] = args.lr * min(1, (step + 1) / max(1, args.warmup))
             x, noise = batch(data, args.seed, step, args.batch, args.latents, device)
 
+            optimiser.zero_grad()
             with precision():
-                logits, mu, logvar = model(x, noise)
+                logits, mu, logvar = network(x, noise)
             recon = reconstruction(logits, x, args.likelihood)
             weighted, kl = penalty(args, beta, mu, logvar, noise, data.train_size)          # kl: (J,)
             loss = recon + weighted
-            optimiser.zero_grad()
             loss.backward()
             optimiser.step()
 
@@ -659,6 +660,18 @@ def draw(run, args, model, held_out, frames, seconds):
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=2)
+def variances(data, n=2000):
+    """λ_i: the eigenvalues of the pixels' covariance over n held-out images in [0, 1], a tensor (≤ n,).
+
+    With the Gaussian likelihood of variance ½ a linear decoder uses #{λ_i > β/2} latents (Tipping and Bishop 1999; Lucas et
+    al. 2019): squared error + β KL is the loss of a VAE whose pixels have noise variance β/2.
+    """
+    x = as_input(torch.from_numpy(data.images(data.held_out(n)))).flatten(1)
+    x -= x.mean(0)
+    return torch.linalg.eigvalsh(x @ x.T / len(x))                # as those of xᵀx / n, which is larger
+
+
 def compare(argv):
     """Runs on one sheet (the first row of each top_latent) and in one table."""
     parser = Parser(prog='betavae.py compare', description='Draw finished runs on one sheet and write one table of them.')
@@ -666,7 +679,7 @@ def compare(argv):
     parser.add_argument('--out', type=Path, help='for comparison.png and .md (default: where the first run is)')
     args = parser.parse_args(argv)
     out, pictures, labels = args.out or args.runs[0].parent, [], []
-    table = ['| run | β | steps | reconstruction | KL | active latents | collapsed | top latent |', '|' + '---|' * 8]
+    table = [['run', 'β', 'steps', 'reconstruction', 'KL', 'active latents', 'predicted', 'collapsed', 'top latent'], ['---'] * 9]
     for run in args.runs:
         s, summary, data, model = finished(run)
         mu, logvar = codes_of(model, torch.from_numpy(data.images(data.held_out(1000))), s['precision'])
@@ -676,17 +689,25 @@ def compare(argv):
         start, end = (s['beta_from'], s['beta']) if s['capacity'] is None else (0, s['capacity'])
         moving = f"{start:g} → {end:g} over {s['anneal']:,}" if s['anneal'] else f'{end:g}'
         moving, top = ('C ' if s['capacity'] is not None else '') + moving, summary['top_latent']
-        table.append(f"| {run.name} | {moving} | {summary['steps']:,} | {summary['reconstruction']:.2f} | "
-                     f"{summary['kl']:.2f} | {summary['active_latents']} of {s['latents']} | {'yes' if summary['collapsed'] else 'no'} | "
-                     f"{summary['latent_names'][top]}, {summary['kl_per_latent'][top]:.2f} nats |")
+        linear = s['likelihood'] == 'gaussian' and not s['tc'] and s['capacity'] is None
+        predicted = min(s['latents'], int((variances(data) > summary['beta'] / 2).sum())) if linear else ''
+        table.append([run.name, moving, f"{summary['steps']:,}", f"{summary['reconstruction']:.2f}", f"{summary['kl']:.2f}",
+                      f"{summary['active_latents']} of {s['latents']}", f'{predicted}', 'yes' if summary['collapsed'] else 'no',
+                      f"{summary['latent_names'][top]}, {summary['kl_per_latent'][top]:.2f} nats"])
     if len({p.shape for p in pictures}) > 1:
         fail('these runs differ in their number of channels: compare runs on one kind of data')
     out.mkdir(parents=True, exist_ok=True)
     title = 'the top latent, from its least to its greatest value'
     save_picture(out / 'comparison.png', sheet(torch.stack(pictures), labels, title))
-    write(out / 'comparison.md', '\n'.join([*table, '']).encode())
-    print('\n'.join(table))
+    write_table(out / 'comparison.md', table)
     print(f'\n{out / "comparison.png"} and {out / "comparison.md"} are written')
+
+
+def write_table(path, rows):
+    """Rows of words, the second of them dashes → a Markdown table, which is printed too."""
+    text = ''.join(f"| {' | '.join(row)} |\n" for row in rows)
+    write(path, text.encode())
+    print(text, end='')
 
 
 def encoder_of(model, data, precision):
@@ -694,9 +715,11 @@ def encoder_of(model, data, precision):
     def encode(index):
         parts = torch.from_numpy(index).split(4096)
         return torch.cat([codes_of(model, data.images(part), precision)[0] for part in parts]).numpy()
-    if len(data) > 10 ** 6:
-        return encode
-    codes = encode(np.arange(len(data)))
+    return looked_up(encode, len(data)) if len(data) <= 10 ** 6 else encode
+
+
+def looked_up(encode, size):
+    codes = np.concatenate([encode(part) for part in np.array_split(np.arange(size), 1 + size // 4096)])
     return lambda index: codes[index]
 
 
@@ -704,133 +727,105 @@ def integers(text):
     return [number(int, 1, 10 ** 6)(word) for word in text.split(',')]
 
 
-def score(argv):
-    """The disentanglement metric of finished runs; it is added to their summary.json."""
-    parser = Parser(prog='betavae.py score', description='Score runs by the linear-classifier metric of Higgins et al. 2017.')
-    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
-    parser.add_argument('--pairs', type=integers, default=[64], metavar='L,…', help='averaged for one point (default 64)')
-    parser.add_argument('--factors', type=integers, default=[None], metavar='K,…',
-                        help='the last K factors may be chosen: dSprites with 4 is without shape (default: all)')
-    parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points (default %(default)s)')
-    parser.add_argument('--seed', type=number(int, 0, 2 ** 32), default=0, help='(default %(default)s)')
-    args = parser.parse_args(argv)
-    for run in args.runs:
-        s, summary, data, model = finished(run)
-        if not data.factor_sizes:
-            fail(f'{run} was trained on images whose factors are unknown: the metric needs them (faces, dsprites)')
-        if not all(2 <= (K or 2) <= len(data.factor_sizes) for K in args.factors):
-            fail(f'--factors takes 2 to {len(data.factor_sizes)}: how many, from the last, of ' + ', '.join(data.factor_names))
-        encode = encoder_of(model, data, s['precision'])
-        for K, L in itertools.product(args.factors, args.pairs):
-            K = K or len(data.factor_sizes)
-            accuracy = metrics.disentanglement_score(
-                encode, data.factor_sizes, pairs=L, factors=range(len(data.factor_sizes))[-K:], train=args.train,
-                test=args.train // 2, rng=np.random.default_rng(args.seed))
-            summary.setdefault('scores', []).append(dict(
-                score=accuracy, L=L, K=K, factors=data.factor_names[-K:], train=args.train, test=args.train // 2,
-                seed=args.seed))
-            write(run / 'summary.json', json.dumps(summary, indent=1).encode())
-            print(f'{run}: {accuracy:.2%} with L = {L}, K = {K}, {args.train:,} training points', flush=True)
-
-
 # Accuracy in %, Higgins et al. 2017, table 1 (fully connected network; their L and K are not certain).
 PUBLISHED = {'raw pixels': 45.75, 'PCA': 84.9, 'ICA': 42.03, 'untrained VAE': 44.14, 'VAE': 61.58, 'β-VAE': 99.23}
 
 
-def table(argv):
-    """The paper's table: the score, against L and K, of codes that need no network, of an untrained one, and of runs."""
-    parser = Parser(prog='betavae.py table', description='The table of Higgins et al. 2017, with the MIG, on dsprites.')
+def score(argv):
+    """The paper's table: the metric against L and K, and the MIG, of runs and of codes that need no training."""
+    parser = Parser(prog='betavae.py score', description='Score runs by the linear-classifier metric of Higgins et al. 2017.')
     parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='runs that differ in seed only are one row')
-    parser.add_argument('--pairs', type=integers, default=[1, 5, 20, 64, 200], metavar='L,…', help='(default 1,5,20,64,200)')
-    parser.add_argument('--factors', type=integers, default=[4, 5], metavar='K,…', help='the last K may be chosen (default 4,5)')
-    parser.add_argument('--seeds', type=number(int, 1, 100), default=3, help='of rows that are no runs (default %(default)s)')
+    parser.add_argument('--pairs', type=integers, default=[64], metavar='L,…', help='averaged for one point (default 64)')
+    parser.add_argument('--factors', type=integers, metavar='K,…',
+                        help='the last K factors may be chosen: dSprites with 4 is without shape (default: all)')
     parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points (default %(default)s)')
-    parser.add_argument('--out', type=Path, default=Path('results'), help='for metric.json, .md, .png (default %(default)s)')
+    parser.add_argument('--baselines', type=number(int, 0, 100), default=0, metavar='SEEDS',
+                        help='also ground truth, raw pixels, PCA, ICA and an untrained network, over so many seeds (dsprites)')
+    parser.add_argument('--out', type=Path, help='for metric.json, .md and .png (default: where the first run is)')
     args = parser.parse_args(argv)
-    if not set(args.factors) <= {2, 3, 4, 5}:
-        fail('--factors takes 2 to 5: how many of the factors of dsprites, from the last')
-    data = load_data('dsprites')
-    v = np.stack(np.unravel_index(np.arange(len(data)), data.factor_sizes), 1)              # (N, 5)
-    rows = networkless(data, v, args.seeds) + [trained(run, data) for run in args.runs]     # (label, seed, → encode)
+    if not args.runs and not args.baselines:
+        fail('give runs, or --baselines 3')
+    runs = [finished(run) for run in args.runs]
+    data, out = runs[0][2] if runs else load_data('dsprites'), args.out or (args.runs or [Path('runs/A')])[0].parent
+    sizes = data.factor_sizes
+    if any(run[2].name != data.name for run in runs) or args.baselines and data.name != 'dsprites':
+        fail('runs of one data set make one table, and the baselines are of dsprites')
+    if not sizes:
+        fail(f'{args.runs[0]} was trained on images whose factors are unknown: the metric needs them (faces, dsprites)')
+    args.factors = args.factors or [len(sizes)]
+    if not all(2 <= K <= len(sizes) for K in args.factors):
+        fail(f'--factors takes 2 to {len(sizes)}: how many, from the last, of ' + ', '.join(data.factor_names))
+    rows = baselines(data, args.baselines) + [                                    # (label, seed, a maker of the encoder)
+        (label_of(s, summary), s['seed'], functools.partial(encoder_of, model, data, s['precision']))
+        for s, summary, _, model in runs]
     keys = [f'{label} | {seed}' for label, seed, _ in rows]
     if len(set(keys)) < len(keys):
         fail(f'two runs are both {next(key for key in keys if keys.count(key) > 1)}')
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / 'metric.json'                 # each score is written as soon as it is there, and not computed again
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / 'metric.json'                      # each score is written as soon as it is there, and not computed again
     found = json.loads(path.read_text('utf-8')) if path.exists() else {}
-    name = lambda K, L: f'K {K}, L {L}, {args.train} points'
+    columns = {f'K = {K}, L = {L}': (K, L) for K, L in itertools.product(args.factors, args.pairs)}
+    cells = {f'{column}, {args.train} points': KL for column, KL in columns.items()} | {'MIG': None}
     for key, (label, seed, make) in zip(keys, rows):
-        scores, encode = found.setdefault(key, {}), None
-        for K, L in [*itertools.product(args.factors, args.pairs), ('MIG', 0)]:
-            cell = 'MIG' if K == 'MIG' else name(K, L)
-            if cell in scores or (cell == 'MIG' and label == 'raw pixels'):
-                continue
+        scores, encode, rng = found.setdefault(key, {}), None, np.random.default_rng
+        for cell in (cell for cell in cells if cell not in scores and (label, cell) != ('raw pixels', 'MIG')):
             encode = encode or make()
             if cell == 'MIG':
-                scores[cell] = metrics.mutual_information_gap(encode(np.arange(len(data))), v)[0]
+                index = np.arange(len(data)) if len(data) <= 10 ** 6 else rng(seed).integers(len(data), size=20000)
+                scores[cell] = metrics.mutual_information_gap(encode(index), np.stack(np.unravel_index(index, sizes), 1))[0]
             else:
-                scores[cell] = metrics.disentanglement_score(
-                    encode, data.factor_sizes, pairs=L, factors=range(5)[-K:], train=args.train, test=args.train // 2,
-                    rng=np.random.default_rng(seed))
+                K, L = cells[cell]
+                scores[cell] = metrics.disentanglement_score(encode, sizes, pairs=L, factors=range(len(sizes))[-K:],
+                                                             train=args.train, test=args.train // 2, rng=rng(seed))
             write(path, json.dumps(found, indent=1, ensure_ascii=False).encode())
             print(f'{key}: {cell}: {scores[cell]:.4f}', flush=True)
 
-    def over_seeds(label, cell):
-        """Mean and standard deviation of a cell over the seeds of a row; NaN where there is none."""
-        x = np.array([found[key].get(cell, np.nan) for key, row in zip(keys, rows) if row[0] == label])
-        return x.mean(), x.std(ddof=min(1, len(x) - 1)), len(x)
-    labels = list(dict.fromkeys(label for label, _, _ in rows))
-    cells = list(itertools.product(args.factors, args.pairs))
-    lines = ['| code | seeds | ' + ' | '.join(f'K = {K}, L = {L}' for K, L in cells) + ' | MIG |', '|' + '---|' * (len(cells) + 3)]
-    for label in labels:
-        accuracies = [over_seeds(label, name(K, L)) for K, L in cells]
-        mig, deviation, n = over_seeds(label, 'MIG')
-        lines.append(f'| {label} | {n} | ' + ' | '.join(f'{100 * m:.1f} ± {100 * d:.1f}' for m, d, _ in accuracies)
-                     + (' | |' if np.isnan(mig) else f' | {mig:.3f} ± {deviation:.3f} |'))
-    write(args.out / 'metric.md', '\n'.join([*lines, '']).encode())
-    panels = []
-    for K in args.factors:
-        points = {label: 100 * np.array([over_seeds(label, name(K, L))[:2] for L in args.pairs]).T for label in labels}
-        panels.append(dict(
-            title=f'accuracy in %, K = {K}', x='L, pairs averaged for one point', log_x=True, limits=(0, 100),
-            series={label.replace('β', 'beta'): (args.pairs, mean, deviation) for label, (mean, deviation) in points.items()},
-            lines={f"{label.replace('β', 'beta')}, 2017": y for label, y in PUBLISHED.items()}))
-    save_picture(args.out / 'metric.png', chart(panels, size=(600, 480)))
-    print('\n'.join(lines))
+    panels = [dict(title=f'accuracy in %, K = {K}', x='L, pairs averaged for one point', log_x=True, limits=(0, 100), series={},
+                   lines={f"{name.replace('β', 'beta')}, 2017": y for name, y in PUBLISHED.items() if data.name == 'dsprites'}) for K in args.factors]
+    table = [['code', 'seeds', *columns, 'MIG'], ['---'] * (len(cells) + 2)]
+    for label in dict.fromkeys(row[0] for row in rows):
+        x = np.array([[found[key].get(cell, np.nan) for cell in cells] for key, row in zip(keys, rows) if row[0] == label])
+        mean, deviation = x.mean(0), x.std(0, ddof=min(1, len(x) - 1))            # over the seeds: (cells,)
+        accuracies = [f'{100 * m:.1f} ± {100 * d:.1f}' for m, d in zip(mean[:-1], deviation)]
+        table.append([label, str(len(x)), *accuracies, '' if np.isnan(mean[-1]) else f'{mean[-1]:.3f} ± {deviation[-1]:.3f}'])
+        for panel, *y in zip(panels, *(100 * a[:-1].reshape(len(panels), -1) for a in (mean, deviation))):
+            panel['series'][label.replace('β', 'beta')] = (args.pairs, *y)
+    write_table(out / 'metric.md', table)
+    if len(args.pairs) > 1:
+        save_picture(out / 'metric.png', chart(panels, size=(600, 480)))
 
 
-def networkless(data, v, seeds):
+def baselines(data, seeds):
     """The table's rows that need no training: (label, seed, a function that makes the encoder)."""
     def pixels(index):
         return data.images(index).reshape(len(index), -1).astype(np.float32) / 255
 
-    def linear(fit, seed):
-        rng = np.random.default_rng(seed)
-        mean, matrix = fit(pixels(rng.integers(len(data), size=10000)), rng=rng)
-        codes = np.concatenate([(pixels(part) - mean) @ matrix for part in np.array_split(np.arange(len(data)), 200)])
-        return lambda index: codes[index]
+    def truth(index):
+        return np.stack(np.unravel_index(index, data.factor_sizes), 1) / data.factor_sizes
 
-    def untrained(seed):
-        torch.manual_seed(seed)
+    def linear(fit, rng):
+        mean, matrix = fit(pixels(rng.integers(len(data), size=10000)))
+        return looked_up(lambda index: (pixels(index) - mean) @ matrix, len(data))
+
+    def untrained(rng):
+        torch.manual_seed(rng.integers(2 ** 32))
         return encoder_of(BetaVAE(1, 10), data, 'fp32')
-    makers = {'ground truth': lambda seed: lambda index: v[index] / data.factor_sizes, 'raw pixels': lambda seed: pixels,
-              'PCA': lambda seed: linear(lambda x, rng: metrics.pca(x), seed),
-              'ICA': lambda seed: linear(lambda x, rng: metrics.fast_ica(x, rng=rng), seed), 'untrained': untrained}
-    return [(label, seed, functools.partial(make, seed)) for label, make in makers.items() for seed in range(seeds)]
+    makers = {'ground truth': lambda rng: truth, 'raw pixels': lambda rng: pixels, 'PCA': lambda rng: linear(metrics.pca, rng),
+              'ICA': lambda rng: linear(functools.partial(metrics.fast_ica, rng=rng), rng), 'untrained': untrained}
+    return [(label, seed, lambda make=make, seed=seed: make(np.random.default_rng(seed)))
+            for label, make in makers.items() for seed in range(seeds)]
 
 
-def trained(run, data):
-    """A run's row of the table. Its label is its objective, its steps, and every option that is not the usual one."""
-    s, summary, on, model = finished(run)
-    if on.name != data.name:
-        fail(f"{run} was trained on {s['data']}; the table is of {data.name}")
+def label_of(s, summary):
+    """A run's row of the table: its objective, its steps, and every option that is not the usual one."""
     kind = 'β-TCVAE' if s['tc'] else 'VAE' if s['beta'] == 1 and s['capacity'] is None else 'β-VAE'
-    usual = vars(training_parser().parse_args([])) | dict(latents=10, beta_from=0, likelihood='bernoulli')
+    usual = vars(training_parser().parse_args([])) | dict(
+        latents=10 if s['data'] == 'dsprites' else 32, beta_from=0, likelihood=s['likelihood'])
     told = ('data', 'run', 'beta', 'tc', 'steps', 'seed', 'device', 'precision')
-    unusual = [f'{k} {s[k]}' for k in OPTIONS if k not in told and s[k] != usual[k]]
-    words = ', '.join([f"β {s['beta']:g}", f"{summary['steps']:,} steps", *unusual])
-    return f'{kind} ({words})', s['seed'], lambda: encoder_of(model, data, s['precision'])
+    words = [f"β {s['beta']:g}", f"{summary['steps']:,} steps"]
+    words += [f'{k} {s[k]}' for k in OPTIONS if k not in told and s[k] != usual[k]]
+    return f"{kind} ({', '.join(words)})"
 
 
 def finished(run):
@@ -873,13 +868,13 @@ def number(kind, low, high):
     return parse
 
 
-COMMANDS = dict(compare=compare, score=score, table=table)
+COMMANDS = dict(compare=compare, score=score)
 OPTIONS = ['data', 'crop', 'latents', 'beta', 'beta_from', 'anneal', 'tc', 'capacity', 'gamma', 'likelihood', 'steps', 'batch',
            'lr', 'warmup', 'seed', 'device', 'precision']
 
 
 def training_parser():
-    parser = Parser(prog='betavae.py', description='Train a β-VAE. Other commands: compare, score, table (each has --help).')
+    parser = Parser(prog='betavae.py', description='Train a β-VAE. Other commands: compare, score (each has --help).')
     whole, real = number(int, 0, 10 ** 9), number(float, 0, 1e12)      # past 1e12 Adam's second moment overflows float32
     some = number(int, 1, 10 ** 9)
     g = parser.add_argument_group('data (x)')

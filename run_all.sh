@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# The eight runs of the documents, and their comparison:
+# The runs of the documents, and what is made of them:
 #
-#     ./run_all.sh [--print] [OPTION…]        options go to every run: ./run_all.sh --steps 300 for a quick look,
-#                                             ./run_all.sh --data img_align_celeba.zip --crop 128 for CelebA
+#     ./run_all.sh [--print] [GROUP] [OPTION…]
 #
-# Started again it goes on where it was. --print prints the eight commands, a line each, to spread over machines:
-#     ./run_all.sh --print | xargs -P 4 -I {} bash -c "{}"       (or GNU parallel, or a line for each job of an array)
+#     eight       (default) VAE, β 10 to 10000 and three schedules on faces, one sheet and one table of them
+#     beta250     β 250 beside the VAE of `eight`: every active latent, from five codes
+#     latents6    six latents, β 0.1 to 10 on standardised pixels, on faces
+#     dsprites    VAE, β 4 and β-TCVAE, three seeds each, and the paper's table
+#     sweep       the metric against β for three numbers of latents, on dsprites
+#     publish     copies what the README shows of all these, made small, into results/
+#
+# Options go to every run: ./run_all.sh --steps 300 for a quick look, --data img_align_celeba.zip --crop 128 for CelebA.
+# Started again it goes on where it was. --print prints the commands, a line each, to spread over cores or machines:
+#     ./run_all.sh --print | OMP_NUM_THREADS=1 xargs -P 4 -I {} bash -c "{}"       then ./run_all.sh for the comparison
 # The runs land in runs/, or in the folder that the variable RUNS names.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -13,6 +20,8 @@ python=${PYTHON:-$(command -v python || command -v python3)}
 runs=${RUNS:-runs}
 print=no
 if [ "${1:-}" = --print ]; then print=yes; shift; fi
+group=eight
+case ${1:-} in eight | beta250 | latents6 | dsprites | sweep | publish) group=$1; shift ;; esac
 
 names=()
 failed=()
@@ -33,19 +42,116 @@ train() {       # name, options …; the options given to the script come last a
     if [ $code -eq 0 ]; then names+=("$runs/$name"); else failed+=("$name"); fi
 }
 
-train VAE --beta 1 "$@"
-train 10-Beta-VAE --beta 10 "$@"
-train 100-Beta-VAE --beta 100 "$@"
-train 1000-Beta-VAE --beta 1000 "$@"
-train 10000-Beta-VAE --beta 10000 "$@"
-train KLD_Anneal_40000_steps-10-Beta-VAE --beta 10 --anneal 40000 "$@"
-train KLD_Decrease_40000_steps-100to1-Beta-VAE --beta-from 100 --beta 1 --anneal 40000 "$@"
-train KLD_Decrease_100000_steps-10000to1-Beta-VAE --beta-from 10000 --beta 1 --anneal 100000 --steps 125000 "$@"
-if [ $print = yes ]; then exit 0; fi
+after() {       # a command of betavae.py over all runs that are whole
+    if [ $print = yes ] || [ ${#names[@]} -eq 0 ]; then return; fi
+    "$python" "$here/betavae.py" "$1" "${names[@]}" "${@:2}" || failed+=("$1")
+}
 
-if [ ${#names[@]} -gt 0 ]; then
-    "$python" "$here/betavae.py" compare "${names[@]}" || failed+=(comparison)
-fi
+picture() {     # a picture of them, by the Python on standard input
+    if [ $print = yes ] || [ ${#names[@]} -eq 0 ]; then return; fi
+    PYTHONPATH=$here "$python" - "${names[@]}" || failed+=(picture)
+}
+
+case $group in
+eight)
+    train VAE --beta 1 "$@"
+    train 10-Beta-VAE --beta 10 "$@"
+    train 100-Beta-VAE --beta 100 "$@"
+    train 1000-Beta-VAE --beta 1000 "$@"
+    train 10000-Beta-VAE --beta 10000 "$@"
+    train KLD_Anneal_40000_steps-10-Beta-VAE --beta 10 --anneal 40000 "$@"
+    train KLD_Decrease_40000_steps-100to1-Beta-VAE --beta-from 100 --beta 1 --anneal 40000 "$@"
+    train KLD_Decrease_100000_steps-10000to1-Beta-VAE --beta-from 10000 --beta 1 --anneal 100000 --steps 125000 "$@"
+    after compare
+    ;;
+beta250)
+    train VAE --beta 1 "$@"
+    train 250-Beta-VAE --beta 250 "$@"
+    picture << 'EOF'
+import json, sys, torch, betavae, data
+from pathlib import Path
+for run in map(Path, sys.argv[1:]):
+    s, model = json.loads((run / 'summary.json').read_text()), betavae.load(run)
+    d = data.load(*(json.loads((run / 'settings.json').read_text())[k] for k in ('data', 'crop')))
+    mu = betavae.codes_of(model, torch.from_numpy(d.images(d.held_out(5))), 'fp32')[0]                      # (5, J)
+    rows = sorted(range(len(mu[0])), key=lambda j: -s['kl_per_latent'][j])[:max(1, s['active_latents'])]
+    x = [betavae.means_of(model, betavae.traverse(z, rows, torch.linspace(-3, 3, 8))) for z in mu]          # 5 × (rows, 8, …)
+    labels = [f"{s['latent_names'][j]}, {s['kl_per_latent'][j]:.2f} nats" for j in rows]
+    betavae.save_picture(run / 'five_codes.png', betavae.sheet(
+        torch.cat(x, 1), labels, f"{run.name}, {s['steps']:,} steps: each active latent from -3 to 3, from five codes", scale=1))
+EOF
+    ;;
+latents6)       # 0.055 is the variance of the faces' pixels: with squared errors divided by it, β is β · 0.055 of ours
+    for beta in 0.1 1 2 10; do
+        train "6-latents-beta-$beta" --latents 6 --beta "$(awk "BEGIN { print $beta * 0.055 }")" --steps 10000 "$@"
+    done
+    picture << 'EOF'
+import json, sys, betavae
+from pathlib import Path
+runs = [Path(run) for run in sys.argv[1:]]
+s = [json.loads((run / 'summary.json').read_text()) for run in runs]
+beta = [r['beta'] / 0.055 for r in s]
+what = f"6 latents, faces, {s[0]['steps']:,} steps"
+betavae.save_picture(runs[0].parent / '6-latents.png', betavae.chart([
+    dict(title=title, x=f'beta on standardised pixels; {what}', log_x=True, series={'': (beta, [r[term] for r in s])})
+    for term, title in (('reconstruction', 'squared error, summed over pixels'), ('kl', 'KL, nats per image'))]))
+EOF
+    ;;
+dsprites)
+    for seed in 0 1 2; do
+        for objective in "VAE --beta 1" "4-Beta-VAE --beta 4" "6-Beta-TCVAE --beta 6 --tc"; do
+            read -r name options <<< "$objective"
+            # shellcheck disable=SC2086
+            train "dsprites-$name-seed-$seed" --data dsprites --steps 20000 $options --seed $seed "$@"
+        done
+    done
+    after score --baselines 3 --pairs 1,5,20,64,200 --factors 4,5
+    ;;
+sweep)
+    for latents in 5 10 20; do
+        for beta in 0.2 1 4 16 64; do
+            train "sweep-$latents-latents-beta-$beta" --data dsprites --latents $latents --beta $beta --steps 5000 "$@"
+        done
+    done
+    for name in ${names[@]+"${names[@]}"}; do
+        "$python" "$here/betavae.py" score "$name" --pairs 20 --factors 4 --out "$name" || failed+=("score $name")
+    done
+    picture << 'EOF'
+import json, sys, betavae
+from pathlib import Path
+panels = [dict(title=title, x='beta · latents / pixels', log_x=True, series={})
+          for title in ('accuracy in %, K = 4, L = 20', 'mutual information gap, in %')]
+for run in sys.argv[1:]:
+    s = json.loads(Path(run, 'summary.json').read_text())
+    scores, = json.loads(Path(run, 'metric.json').read_text('utf-8')).values()
+    J = len(s['kl_per_latent'])
+    for panel, cell in zip(panels, ('K = 4, L = 20, 10000 points', 'MIG')):
+        xs, ys = panel['series'].setdefault(f"{J} latents, {s['steps']:,} steps, one seed", ([], []))
+        xs.append(s['beta'] * J / 4096)
+        ys.append(100 * scores[cell])
+betavae.save_picture(Path(sys.argv[1]).parent / 'sweep.png', betavae.chart(panels))
+EOF
+    ;;
+publish)
+    PYTHONPATH=$here "$python" - "$runs" "$here/results" << 'EOF'
+import shutil, sys
+from pathlib import Path
+from PIL import Image
+runs, results = map(Path, sys.argv[1:])
+for path in sorted(runs.rglob('*')):
+    shown = path.parent == runs or path.name in ('top_latent.png', 'traversal.png', 'reconstructions.png', 'curves.png',
+                                                 'five_codes.png', 'summary.json')
+    if shown and path.suffix in ('.png', '.gif', '.md', '.json'):
+        copy = results / path.relative_to(runs)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.png':
+            Image.open(path).quantize(256).save(copy, optimize=True)
+        else:
+            shutil.copyfile(path, copy)
+EOF
+    ;;
+esac
+if [ $print = yes ]; then exit 0; fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}. Its own message is above; the others are whole." >&2
     exit 1

@@ -74,6 +74,21 @@ def test_beta_1_is_the_negative_elbo():
     torch.testing.assert_close(betavae.reconstruction(logits, x, 'gaussian') + constant, gaussian)
 
 
+def test_the_network_is_one_graph():
+    """What a GPU compiles into a CUDA graph must have no break in it, and the same values and gradients."""
+    torch.manual_seed(0)
+    model, x, noise = betavae.BetaVAE(3, 5), torch.rand(4, 3, 64, 64), torch.randn(4, 5)
+    found = []
+    for network in (model, torch.compile(model, backend='aot_eager', fullgraph=True)):
+        model.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):
+            out = network(x, noise)
+        sum(o.square().sum() for o in out).backward()
+        found.append([*out, *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * a.detach().abs().max().item())
+
+
 @pytest.mark.parametrize('likelihood', ['bernoulli', 'gaussian'])
 def test_a_doubled_batch_has_the_same_loss(likelihood):
     x, logits = torch.rand(4, 1, 64, 64), torch.randn(4, 1, 64, 64)
@@ -201,10 +216,35 @@ def test_comparison_and_score():
     Image.open('runs/comparison.png').load()
     table = Path('runs/comparison.md').read_text().splitlines()
     assert len(table) == 4 and '| a | 1 | 30 |' in table[2]
-    betavae.main(['score', 'runs/a', '--pairs', '2', '--train', '200', '--factors', '4'])
-    entry, = json.loads(Path('runs/a/summary.json').read_text())['scores']
-    assert (entry['L'], entry['K'], entry['train']) == (2, 4, 200) and 0 <= entry['score'] <= 1
-    assert entry['factors'] == ['jaw', 'smile', 'azimuth', 'lighting angle']
+    assert ' of 3 | 3 | ' in table[2]                                            # at β = 1 a linear decoder would use all
+    score = ['score', 'runs/a', 'runs/b', '--pairs', '1,2', '--train', '200', '--factors', '4']
+    betavae.main(score)
+    found = json.loads(Path('runs/metric.json').read_text('utf-8'))
+    assert list(found) == ['VAE (β 1, 30 steps, latents 3, batch 8) | 97', 'VAE (β 1, 30 steps, latents 3, batch 8) | 98']
+    for cells in found.values():
+        assert list(cells) == ['K = 4, L = 1, 200 points', 'K = 4, L = 2, 200 points', 'MIG']
+        assert all(0 <= value <= 1 for value in cells.values())
+    lines = Path('runs/metric.md').read_text().splitlines()
+    assert len(lines) == 3 and lines[2].startswith('| VAE (β 1, 30 steps, latents 3, batch 8) | 2 | ')
+    mean, deviation = map(float, lines[2].split('|')[3].split('±'))               # by hand, over the two seeds
+    a, b = (100 * cells['K = 4, L = 1, 200 points'] for cells in found.values())
+    assert mean == pytest.approx((a + b) / 2, abs=0.06) and deviation == pytest.approx(abs(a - b) / 2 ** 0.5, abs=0.06)
+    Image.open('runs/metric.png').load()
+    written = Path('runs/metric.json').stat().st_mtime_ns
+    betavae.main(score)
+    assert Path('runs/metric.json').stat().st_mtime_ns == written                  # nothing is computed twice
+
+
+def test_the_baselines_are_codes_of_the_images():
+    sizes, values = {'a': 4, 'b': 8, 'c': 8}, np.random.default_rng(0).integers(256, size=(256, 1, 8, 8), dtype=np.uint8)
+    toy = data.Dataset('toy', (1, 8, 8), sizes, lambda index: torch.from_numpy(values)[index])
+    makers = {(label, seed): make for label, seed, make in betavae.baselines(toy, 2)}
+    assert list(makers) == [(label, seed) for label in ('ground truth', 'raw pixels', 'PCA', 'ICA', 'untrained') for seed in (0, 1)]
+    every = np.arange(256)
+    np.testing.assert_allclose(makers['ground truth', 0]()(every)[255], [3 / 4, 7 / 8, 7 / 8])
+    np.testing.assert_allclose(makers['raw pixels', 0]()(every), values.reshape(256, 64) / 255, rtol=1e-6)
+    for label in ('PCA', 'ICA'):
+        np.testing.assert_allclose(np.cov(makers[label, 0]()(every).T), np.eye(10), atol=0.2)    # white, but for sampling
 
 
 def test_run_all_prints_the_eight_runs():
@@ -228,9 +268,9 @@ BAD_OPTIONS = """
     --data nowhere | --data dsprites --crop 64 | --data nowhere.zip | --data nowhere.npz
     --likelihood poisson | --likelihood | --device tpu | --device cuda | --device cuda:9 | --precision fp8 | --precision fp16
     --tc --capacity 5 | --capacity -1 | --capacity nan | --capacity 5 --beta 2 | --capacity 5 --beta-from 1 --anneal 9
-    --gamma 5 | --gamma -1 --capacity 5 | --gamma nan --capacity 5 | --colour red | --bet 3 | surplus | compare | score | table --pairs 0
-    compare nowhere | score nowhere | score nowhere --pairs 0 | score nowhere --pairs x | score nowhere --train 1 | table nowhere
-    table --factors 1 | table --factors 6 | table --seeds 0
+    --gamma 5 | --gamma -1 --capacity 5 | --gamma nan --capacity 5 | --colour red | --bet 3 | surplus | compare | score | score --baselines -1
+    compare nowhere | score nowhere | score nowhere --pairs 0 | score nowhere --pairs x | score nowhere --train 1
+    score --baselines 1 --factors 1 | score --baselines 1 --factors 6 | score --baselines 1 --pairs 0
 """
 
 
@@ -482,6 +522,18 @@ def test_faces_have_the_variances_that_the_documents_betas_ask_for():
     eigenvalues = np.linalg.eigvalsh(x @ x.T / len(x))
     assert eigenvalues[-1] == pytest.approx(230, abs=10)                        # between 150 and 400; the README names it
     assert 2 <= (eigenvalues > 50).sum() <= 4 and 7 <= (eigenvalues > 5).sum() <= 12
+
+
+def test_variances_are_those_of_the_covariance():
+    """Two halves of the picture, each black or white: variance ¼ in each of 2,048 pixels, ones and the others apart."""
+    def draw(index):
+        x = torch.zeros(len(index), 1, 64, 64, dtype=torch.uint8)
+        x[:, 0, :32] = 255 * (index % 2).view(-1, 1, 1)
+        x[:, 0, 32:] = 255 * (index // 2 % 2).view(-1, 1, 1)
+        return x
+    found = betavae.variances(data.Dataset('toy', (1, 64, 64), {}, draw, size=4 * 19 * 100)).numpy()
+    np.testing.assert_allclose(found[-2:], [512, 512], rtol=1e-4)
+    assert len(found) == 400 and found[:-2].max() < 1e-2
 
 
 def test_held_out_and_training_parts_are_apart():
