@@ -18,7 +18,6 @@ B images in a batch, C channels, J latents, K factors, L pairs. All losses are i
 """
 import argparse
 import contextlib
-import csv
 import ctypes
 import functools
 import io
@@ -201,7 +200,7 @@ def train(args):
     held_out = torch.from_numpy(data.images(data.held_out(1000))).to(device)                # (≤ 1000, C, 64, 64)
 
     # A checkpoint is this dictionary. The random state is the seed together with the step.
-    state = dict(step=0, seed=args.seed, seconds=0.0, recent=torch.zeros(ROW, 2 + args.latents), frames={})
+    state = dict(step=0, seed=args.seed, seconds=0.0, recent=torch.zeros(ROW, 2 + args.latents), frames={}, log=[])
     if (run / 'checkpoint.pt').exists():
         state, trained = read_checkpoint(run)
         try:
@@ -217,7 +216,8 @@ def train(args):
     frames = {step: x for step, x in state['frames'].items() if step in picture_steps}
     run.mkdir(parents=True, exist_ok=True)
     write(run / 'settings.json', json.dumps(settings(args), indent=1).encode())
-    cut_log(run / 'log.csv', state['step'], args.latents)
+    log = [row for row in state['log'] if int(row.split(',')[0]) % ROW == 0]      # a last row may lie between two others
+    write_log(run, log, args.latents)
 
     watch, interrupted, first = Stopwatch(state['seconds']), [], state['step']
     row_start, row_step, shown, saved = watch.read(), first, 0, time.monotonic()
@@ -250,7 +250,8 @@ def train(args):
                 with watch.paused(), precision():
                     held = evaluate(model, held_out[::8], args, beta)
                 check_finite(held[None], done, run, ' on held-out images')
-                append_row(run / 'log.csv', done, beta, means, held, (done - row_step) * args.batch / seconds)
+                log.append(log_row(done, beta, means, held, (done - row_step) * args.batch / seconds))
+                write_log(run, log, args.latents)
                 row_start, row_step = watch.read(), done
             if done in (first + 1, args.steps) or now - shown > (0.5 if sys.stdout.isatty() else 10):
                 shown = now
@@ -262,7 +263,7 @@ def train(args):
             if save_due:
                 with watch.paused():
                     write(run / 'checkpoint.pt', lambda file: torch.save(dict(
-                        step=done, seed=args.seed, seconds=watch.seconds, recent=recent, frames=frames,
+                        step=done, seed=args.seed, seconds=watch.seconds, recent=recent, frames=frames, log=log,
                         model=model.state_dict(), optimiser=optimiser.state_dict()), file))
                 saved = now
             if stop and done < args.steps:
@@ -408,33 +409,21 @@ def load(run):
     return read_checkpoint(run)[1].eval().requires_grad_(False)
 
 
-def header(latents):
-    return (['step', 'beta', 'loss', 'recon', 'kl'] + [f'kl_{j}' for j in range(latents)]
-            + ['held_out_loss', 'held_out_recon', 'held_out_kl', 'images_per_second'])
-
-
-def append_row(path, done, beta, means, held, speed):
+def log_row(done, beta, means, held, speed):
     (loss, recon, *kl), (held_loss, held_recon, *held_kl) = means.tolist(), held.tolist()
-    row = [beta, loss, recon, sum(kl), *kl, held_loss, held_recon, sum(held_kl), round(speed)]
-    with open(path, 'a', newline='') as file:
-        file.write(','.join([str(done), *(f'{value:.7g}' for value in row)]) + '\n')
-        file.flush()
-        os.fsync(file.fileno())
+    values = [beta, loss, recon, sum(kl), *kl, held_loss, held_recon, sum(held_kl), round(speed)]
+    return ','.join([str(done), *(f'{value:.7g}' for value in values)])
 
 
-def cut_log(path, step, latents):
-    """Begin log.csv, or drop its rows past the checkpoint that training goes on from (and a last row between two others)."""
-    rows = [line.split(',') for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    rows = [row for row in rows if len(row) == len(header(latents)) and row[0].isdecimal()]
-    rows = [row for row in rows if int(row[0]) <= step and int(row[0]) % ROW == 0]
-    write(path, ''.join(','.join(row) + '\n' for row in [header(latents), *rows]).encode())
+def write_log(run, rows, latents):
+    names = ['step', 'beta', 'loss', 'recon', 'kl', *(f'kl_{j}' for j in range(latents)),
+             'held_out_loss', 'held_out_recon', 'held_out_kl', 'images_per_second']
+    write(run / 'log.csv', '\n'.join([','.join(names), *rows, '']).encode())
 
 
 def read_log(run):
-    """log.csv as a dictionary of columns."""
-    with open(Path(run) / 'log.csv', newline='') as file:
-        rows = list(csv.reader(file))
-    return dict(zip(rows[0], np.array(rows[1:], float).reshape(-1, len(rows[0])).T))
+    """log.csv as an array with named columns."""
+    return np.atleast_1d(np.genfromtxt(Path(run) / 'log.csv', delimiter=',', names=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
