@@ -489,7 +489,7 @@ def ticks(low, high, log=False):
         parts = (1, 2, 5) if high / low < 300 else (1,)
         return [p * 10.0 ** k for k in range(-9, 13) for p in parts if low * 0.999 <= p * 10.0 ** k <= high * 1.001]
     step = 10 ** math.floor(math.log10((high - low) / 2))
-    step *= next((m for m in (1, 2, 5) if (high - low) / (step * m) <= 5), 10)
+    step *= next((m for m in (1, 2, 5) if (high - low) / (step * m) <= 6), 10)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -498,8 +498,8 @@ COLOURS = ['#1f6fb4', '#e07b28', '#3c9a3c', '#c23b3b', '#8458b3', '#7a5548', '#d
 
 def chart(panels, size=(460, 320)):
     """Line charts side by side. A panel is a dictionary: title, x (the axis' name), series {name: (xs, ys)}, or with a
-    third array, the standard deviations, drawn as bars; optionally log_x, and lines {name: y} drawn across."""
-    (w, h), (left, right, top, bottom) = size, (64, 28, 34, 46)
+    third array, the standard deviations, drawn as bars; optionally limits (of y), log_x, and lines {name: y} drawn across."""
+    (w, h), left, top, bottom = size, 64, 34, 46
     picture = Image.new('RGB', (w * len(panels), h), 'white')
     pen = ImageDraw.Draw(picture)
     for k, panel in enumerate(panels):
@@ -512,10 +512,11 @@ def chart(panels, size=(460, 320)):
         y0, y1 = panel.get('limits', (ys.min(), ys.max()))
         spare = (y1 - y0) or abs(y0) or 20.0
         y0, y1 = y0 - 0.05 * spare, y1 + 0.05 * spare
+        x_left, x_right = k * w + left, (k + 1) * w - 24 - max(int(font(12).getlength(name)) for name in [*series, *lines])
         along = np.log if log else np.asarray
 
         def px(x):
-            return k * w + left + (along(x) - along(x0)) / (along(x1) - along(x0)) * (w - left - right)
+            return x_left + (along(x) - along(x0)) / (along(x1) - along(x0)) * (x_right - x_left)
 
         def py(y):
             return h - bottom - (np.clip(y, y0, y1) - y0) / (y1 - y0) * (h - top - bottom)
@@ -523,16 +524,15 @@ def chart(panels, size=(460, 320)):
             pen.line([px(x), top, px(x), h - bottom], '#e6e6e6')
             pen.text((px(x), h - bottom + 5), f'{x:,g}', 'black', font(12), anchor='ma')
         for y in ticks(y0, y1):
-            pen.line([k * w + left, py(y), k * w + w - right, py(y)], '#e6e6e6')
-            pen.text((k * w + left - 6, py(y)), f'{y:.6g}', 'black', font(12), anchor='rm')
-        for name, y in lines.items():
-            pen.line([k * w + left, py(y), k * w + w - right, py(y)], '#999999')
-            pen.text((k * w + w - right - 2, py(y) - 2), name, '#777777', font(11), anchor='rs')
-        pen.rectangle([k * w + left, top, k * w + w - right, h - bottom], outline='#888888')
-        pen.text((k * w + left, 9), panel['title'], 'black', font(15))
-        pen.text((k * w + left + (w - left - right) / 2, h - 20), panel['x'], 'black', font(12), anchor='ma')
-        for c, (name, (x, y, *deviation)) in enumerate(series.items()):
-            colour = COLOURS[c % len(COLOURS)]
+            pen.line([x_left, py(y), x_right, py(y)], '#e6e6e6')
+            pen.text((x_left - 6, py(y)), f'{y:.6g}', 'black', font(12), anchor='rm')
+        pen.rectangle([x_left, top, x_right, h - bottom], outline='#888888')
+        pen.text((x_left, 9), panel['title'], 'black', font(15))
+        pen.text(((x_left + x_right) / 2, h - 20), panel['x'], 'black', font(12), anchor='ma')
+        for y in lines.values():
+            pen.line([x_left, py(y), x_right, py(y)], '#b0b0b0')
+        ends = [[py(y), name, '#888888'] for name, y in lines.items()]          # each line is named at its right end
+        for (name, (x, y, *deviation)), colour in zip(series.items(), itertools.cycle(COLOURS)):
             points = [(px(a), py(b)) for a, b in zip(x, y) if np.isfinite(b)]
             pen.line(points, colour, 2, joint='curve')
             if len(points) < 30:
@@ -541,10 +541,12 @@ def chart(panels, size=(460, 320)):
             for spread in deviation:
                 for a, b, d in zip(x, y, spread):
                     pen.line([px(a), py(b - d), px(a), py(b + d)], colour, 2)
-            if len(series) > 1:
-                place = (k * w + w - right - 8, top + 6 + 15 * c)
-                pen.rectangle(pen.textbbox(place, name, font(12), anchor='ra'), 'white')
-                pen.text(place, name, colour, font(12), anchor='ra')
+            ends += [[points[-1][1], name, colour]] if points else []
+        ends.sort()
+        for above, below in itertools.pairwise(ends):
+            below[0] = max(below[0], above[0] + 14)                             # names do not overlap
+        for y, name, colour in ends:
+            pen.text((x_right + 8, y), name, colour, font(12), anchor='lm')
     return picture
 
 
@@ -782,7 +784,7 @@ def score(argv):
             panel['series'][label.replace('β', 'beta')] = (args.pairs, *y)
     write_table(out / 'metric.md', table)
     if len(args.pairs) > 1:
-        save_picture(out / 'metric.png', chart(panels, size=(600, 480)))
+        save_picture(out / 'metric.png', chart(panels, size=(680, 480)))
 
 
 def baselines(data, seeds):
