@@ -51,7 +51,7 @@ def disentanglement_score(encode, factor_sizes, *, pairs=64, factors=None, train
 def features(encode, sizes, pairs, factors, points, rng):
     """The metric's points: mean over L pairs of |μ(x₁) − μ(x₂)|, (n, J), and which of `factors` they share, (n,)."""
     x, k = [], rng.integers(len(factors), size=points)
-    for shared in np.array_split(k, math.ceil(points * pairs / 2 ** 14)):
+    for shared in np.array_split(k, min(points, math.ceil(points * pairs / 512))):          # even pixels stay in the cache
         v = rng.integers(sizes, size=(2, len(shared), pairs, len(sizes)))         # v₁ and v₂
         same = np.arange(len(sizes)) == factors[shared][:, None, None]            # (n, 1, K): true at the shared factor
         v[1] = np.where(same, v[0], v[1])
