@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -194,8 +195,9 @@ def train(args):
         model = BetaVAE(data.shape[0], args.latents)
     model = model.to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type != 'mps')
-    # On a GPU the launches of some hundred small kernels would bound the step: compiled, they are one CUDA graph.
-    network = torch.compile(model, mode='reduce-overhead') if device.type == 'cuda' else model
+    # On a GPU the launches of its many small kernels would bound the network: compiled, they are replayed as CUDA graphs.
+    compiles = device.type == 'cuda' and importlib.util.find_spec('triton') and shutil.which('cc')
+    network = torch.compile(model, mode='reduce-overhead') if compiles else model
     precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
     held_out = torch.from_numpy(data.images(data.held_out(1000))).to(device)                # (≤ 1000, C, 64, 64)
 
@@ -396,7 +398,7 @@ def read_checkpoint(run):
         state = torch.load(path, map_location='cpu', weights_only=True)         # executes nothing that it finds there
         model = BetaVAE(len(state['model']['bias']), state['model']['decoder.0.weight'].shape[1])
         model.load_state_dict(state['model'])
-        if state['recent'].shape != (ROW, 2 + model.latents) or not {'step', 'seconds', 'frames', 'optimiser'} <= set(state):
+        if state['recent'].shape != (ROW, 2 + model.latents) or not {'step', 'seconds', 'frames', 'log', 'optimiser'} <= set(state):
             raise ValueError
         return state, model
     except Exception as error:                                                  # one of a dozen kinds, by what is broken
@@ -460,6 +462,10 @@ def font(size):
     return ImageFont.load_default(size)
 
 
+def latin(text):
+    return text.replace('β', 'beta')                                              # Pillow's own font has no Greek
+
+
 def sheet(images, labels=(), title='', notes=(), scale=None):
     """Images (R, C, channels, 64, 64) in rows, a label left of each row, a title above, lines of notes below."""
     images = np.pad(np.asarray(images), ((0, 0),) * 3 + ((1, 1),) * 2, constant_values=255)
@@ -512,7 +518,8 @@ def chart(panels, size=(460, 320)):
         y0, y1 = panel.get('limits', (ys.min(), ys.max()))
         spare = (y1 - y0) or abs(y0) or 20.0
         y0, y1 = y0 - 0.05 * spare, y1 + 0.05 * spare
-        x_left, x_right = k * w + left, (k + 1) * w - 24 - max(int(font(12).getlength(name)) for name in [*series, *lines])
+        x_left, wide = k * w + left, max(int(font(12).getlength(latin(name))) for name in [*series, *lines])
+        x_right = max(x_left + w / 3, (k + 1) * w - 24 - wide)
         along = np.log if log else np.asarray
 
         def px(x):
@@ -544,9 +551,12 @@ def chart(panels, size=(460, 320)):
             ends += [[points[-1][1], name, colour]] if points else []
         ends.sort()
         for above, below in itertools.pairwise(ends):
-            below[0] = max(below[0], above[0] + 14)                             # names do not overlap
+            below[0] = max(below[0], above[0] + 14)                             # names do not overlap …
+        ends.append([h - bottom + 14, '', 'white'])
+        for below, above in itertools.pairwise(ends[::-1]):
+            above[0] = min(above[0], below[0] - 14)                             # … nor run over the axis
         for y, name, colour in ends:
-            pen.text((x_right + 8, y), name, colour, font(12), anchor='lm')
+            pen.text((x_right + 8, y), latin(name), colour, font(12), anchor='lm')
     return picture
 
 
@@ -653,12 +663,13 @@ def draw(run, args, model, held_out, frames, seconds):
 
 @functools.lru_cache(maxsize=2)
 def variances(data, n=2000):
-    """λ_i: the eigenvalues of the pixels' covariance over n held-out images in [0, 1], a tensor (≤ n,).
+    """λ_i: the eigenvalues of the pixels' covariance over n training images in [0, 1], a tensor (n,).
 
     With the Gaussian likelihood of variance ½ a linear decoder uses #{λ_i > β/2} latents (Tipping and Bishop 1999; Lucas et
     al. 2019): squared error + β KL is the loss of a VAE whose pixels have noise variance β/2.
     """
-    x = as_input(torch.from_numpy(data.images(data.held_out(n)))).flatten(1)
+    i = np.random.default_rng(0).integers(data.train_size, size=n)
+    x = as_input(torch.from_numpy(data.images(data.train_index(i)))).flatten(1)
     x -= x.mean(0)
     return torch.linalg.eigvalsh(x @ x.T / len(x))                # as those of xᵀx / n, which is larger
 
@@ -670,7 +681,7 @@ def compare(argv):
     parser.add_argument('--out', type=Path, help='for comparison.png and .md (default: where the first run is)')
     args = parser.parse_args(argv)
     out, pictures, labels = args.out or args.runs[0].parent, [], []
-    table = [['run', 'β', 'steps', 'reconstruction', 'KL', 'active latents', 'predicted', 'collapsed', 'top latent'], ['---'] * 9]
+    table = [['run', 'β', 'steps', 'reconstruction', 'KL', 'active latents', 'λ > β/2', 'collapsed', 'top latent'], ['---'] * 9]
     for run in args.runs:
         s, summary, data, model = finished(run)
         mu, logvar = codes_of(model, torch.from_numpy(data.images(data.held_out(1000))), s['precision'])
@@ -683,7 +694,7 @@ def compare(argv):
         linear = s['likelihood'] == 'gaussian' and not s['tc'] and s['capacity'] is None
         predicted = min(s['latents'], int((variances(data) > summary['beta'] / 2).sum())) if linear else ''
         table.append([run.name, moving, f"{summary['steps']:,}", f"{summary['reconstruction']:.2f}", f"{summary['kl']:.2f}",
-                      f"{summary['active_latents']} of {s['latents']}", f'{predicted}', 'yes' if summary['collapsed'] else 'no',
+                      f"{summary['active_latents']} of {s['latents']}", str(predicted), 'yes' if summary['collapsed'] else 'no',
                       f"{summary['latent_names'][top]}, {summary['kl_per_latent'][top]:.2f} nats"])
     if len({p.shape for p in pictures}) > 1:
         fail('these runs differ in their number of channels: compare runs on one kind of data')
@@ -715,7 +726,7 @@ def looked_up(encode, size):
 
 
 def integers(text):
-    return [number(int, 1, 10 ** 6)(word) for word in text.split(',')]
+    return sorted({number(int, 1, 10 ** 6)(word) for word in text.split(',')})
 
 
 # Accuracy in %, Higgins et al. 2017, table 1 (fully connected network; their L and K are not certain).
@@ -737,8 +748,8 @@ def score(argv):
     if not args.runs and not args.baselines:
         fail('give runs, or --baselines 3')
     runs = [finished(run) for run in args.runs]
-    data, out = runs[0][2] if runs else load_data('dsprites'), args.out or (args.runs or [Path('runs/A')])[0].parent
-    sizes = data.factor_sizes
+    data = runs[0][2] if runs else load_data('dsprites')
+    out, sizes = args.out or (args.runs[0].parent if runs else Path('runs')), data.factor_sizes
     if any(run[2].name != data.name for run in runs) or args.baselines and data.name != 'dsprites':
         fail('runs of one data set make one table, and the baselines are of dsprites')
     if not sizes:
@@ -746,42 +757,49 @@ def score(argv):
     args.factors = args.factors or [len(sizes)]
     if not all(2 <= K <= len(sizes) for K in args.factors):
         fail(f'--factors takes 2 to {len(sizes)}: how many, from the last, of ' + ', '.join(data.factor_names))
-    rows = baselines(data, args.baselines) + [                                    # (label, seed, a maker of the encoder)
-        (label_of(s, summary), s['seed'], functools.partial(encoder_of, model, data, s['precision']))
-        for s, summary, _, model in runs]
-    keys = [f'{label} | {seed}' for label, seed, _ in rows]
-    if len(set(keys)) < len(keys):
-        fail(f'two runs are both {next(key for key in keys if keys.count(key) > 1)}')
-
     out.mkdir(parents=True, exist_ok=True)
-    path = out / 'metric.json'                      # each score is written as soon as it is there, and not computed again
-    found = json.loads(path.read_text('utf-8')) if path.exists() else {}
+
+    # A row: label, seed, a function that makes the encoder, and its scores, which are part of what a file holds.
+    kept = out / 'baselines.json'
+    found = read_json(kept) if kept.exists() else {}
+    rows = [(label, seed, make, found.setdefault(f'{label}, seed {seed}', {}), kept, found)
+            for label, seed, make in baselines(data, args.baselines)]
+    rows += [(label_of(s, summary, data), s['seed'], functools.partial(encoder_of, model, data, s['precision']),
+              summary.setdefault('scores', {}), run / 'summary.json', summary)
+             for run, (s, summary, _, model) in zip(args.runs, runs)]
+    if len({row[:2] for row in rows}) < len(rows):
+        fail('two of these runs differ in nothing')
+
     columns = {f'K = {K}, L = {L}': (K, L) for K, L in itertools.product(args.factors, args.pairs)}
     cells = {f'{column}, {args.train} points': KL for column, KL in columns.items()} | {'MIG': None}
-    for key, (label, seed, make) in zip(keys, rows):
-        scores, encode, rng = found.setdefault(key, {}), None, np.random.default_rng
-        for cell in (cell for cell in cells if cell not in scores and (label, cell) != ('raw pixels', 'MIG')):
-            encode = encode or make()
-            if cell == 'MIG':
-                index = np.arange(len(data)) if len(data) <= 10 ** 6 else rng(seed).integers(len(data), size=20000)
+    for label, seed, make, scores, path, whole in rows:
+        encode = None
+        for cell, KL in cells.items():
+            if cell in scores or (label, cell) == ('raw pixels', 'MIG'):          # nothing is computed twice
+                continue
+            encode, rng = encode or make(), np.random.default_rng(seed)
+            if KL is None:
+                index = np.arange(len(data)) if len(data) <= 10 ** 6 else rng.integers(len(data), size=20000)
                 scores[cell] = metrics.mutual_information_gap(encode(index), np.stack(np.unravel_index(index, sizes), 1))[0]
             else:
-                K, L = cells[cell]
-                scores[cell] = metrics.disentanglement_score(encode, sizes, pairs=L, factors=range(len(sizes))[-K:],
-                                                             train=args.train, test=args.train // 2, rng=rng(seed))
-            write(path, json.dumps(found, indent=1, ensure_ascii=False).encode())
-            print(f'{key}: {cell}: {scores[cell]:.4f}', flush=True)
+                scores[cell] = metrics.disentanglement_score(encode, sizes, pairs=KL[1], factors=range(len(sizes))[-KL[0]:],
+                                                             train=args.train, test=args.train // 2, rng=rng)
+            write(path, json.dumps(whole, indent=1).encode())
+            print(f'{label}, seed {seed}: {cell}: {scores[cell]:.4f}', flush=True)
 
+    published = {f'{name}, 2017': y for name, y in PUBLISHED.items()} if data.name == 'dsprites' else {}
     panels = [dict(title=f'accuracy in %, K = {K}', x='L, pairs averaged for one point', log_x=True, limits=(0, 100), series={},
-                   lines={f"{name.replace('β', 'beta')}, 2017": y for name, y in PUBLISHED.items() if data.name == 'dsprites'}) for K in args.factors]
+                   lines=published) for K in args.factors]
     table = [['code', 'seeds', *columns, 'MIG'], ['---'] * (len(cells) + 2)]
     for label in dict.fromkeys(row[0] for row in rows):
-        x = np.array([[found[key].get(cell, np.nan) for cell in cells] for key, row in zip(keys, rows) if row[0] == label])
-        mean, deviation = x.mean(0), x.std(0, ddof=min(1, len(x) - 1))            # over the seeds: (cells,)
-        accuracies = [f'{100 * m:.1f} ± {100 * d:.1f}' for m, d in zip(mean[:-1], deviation)]
-        table.append([label, str(len(x)), *accuracies, '' if np.isnan(mean[-1]) else f'{mean[-1]:.3f} ± {deviation[-1]:.3f}'])
+        x = np.array([[row[3].get(cell, np.nan) for cell in cells] for row in rows if row[0] == label])    # (seeds, cells)
+        mean, deviation = x.mean(0), x.std(0, ddof=min(1, len(x) - 1))
+        words = [f'{m:.3f} ± {d:.3f}' if cell == 'MIG' else f'{100 * m:.1f} ± {100 * d:.1f}'
+                 for cell, m, d in zip(cells, mean, deviation)]
+        words = [word.replace('nan ± nan', '') for word in words]
+        table.append([label, str(len(x)), *(words if len(x) > 1 else [word.split(' ±')[0] for word in words])])
         for panel, *y in zip(panels, *(100 * a[:-1].reshape(len(panels), -1) for a in (mean, deviation))):
-            panel['series'][label.replace('β', 'beta')] = (args.pairs, *y)
+            panel['series'][label] = (args.pairs, *y)
     write_table(out / 'metric.md', table)
     if len(args.pairs) > 1:
         save_picture(out / 'metric.png', chart(panels, size=(680, 480)))
@@ -808,24 +826,35 @@ def baselines(data, seeds):
             for label, make in makers.items() for seed in range(seeds)]
 
 
-def label_of(s, summary):
+def label_of(s, summary, data):
     """A run's row of the table: its objective, its steps, and every option that is not the usual one."""
-    kind = 'β-TCVAE' if s['tc'] else 'VAE' if s['beta'] == 1 and s['capacity'] is None else 'β-VAE'
+    capacity = s['capacity'] is not None
+    kind = 'β-TCVAE' if s['tc'] else 'VAE' if s['beta'] == 1 and not (capacity or s['anneal']) else 'β-VAE'
+    words = [f"C {s['capacity']:g}" if capacity else f"β {s['beta']:g}", f"{summary['steps']:,} steps"]
     usual = vars(training_parser().parse_args([])) | dict(
-        latents=10 if s['data'] == 'dsprites' else 32, beta_from=0, likelihood=s['likelihood'])
-    told = ('data', 'run', 'beta', 'tc', 'steps', 'seed', 'device', 'precision')
-    words = [f"β {s['beta']:g}", f"{summary['steps']:,} steps"]
+        latents=10 if data.name == 'dsprites' else 32, beta_from=0, likelihood=s['likelihood'], gamma=1000 if capacity else None)
+    told = ('data', 'run', 'beta', 'tc', 'capacity', 'steps', 'seed', 'device', 'precision')
     words += [f'{k} {s[k]}' for k in OPTIONS if k not in told and s[k] != usual[k]]
     return f"{kind} ({', '.join(words)})"
 
 
+def read_json(path):
+    try:
+        return json.loads(path.read_text('utf-8'))
+    except ValueError as error:
+        fail(f'{path} cannot be read ({error}); delete it')
+
+
 def finished(run):
-    """What a run folder holds: settings, summary, data set, model."""
+    """What the folder of a finished run holds: settings, summary, data set, model."""
     try:
         s, summary = (json.loads((run / name).read_text()) for name in ('settings.json', 'summary.json'))
-        return s, summary, load_data(s['data'], s['crop']), load(run)
+        state, model = read_checkpoint(run)
+        if set(OPTIONS) - set(s) or state['step'] != summary['steps']:
+            raise ValueError(f"it is at step {state['step']:,}, its summary at {summary['steps']:,}: train it to the end")
+        return s, summary, load_data(s['data'], s['crop']), model.eval().requires_grad_(False)
     except (OSError, ValueError, KeyError) as error:
-        fail(f'{run} is not a run that can be read ({error})')
+        fail(f'{run} is not a finished run ({error})')
 
 
 load_data = functools.lru_cache(maxsize=2)(datasets.load)

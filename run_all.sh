@@ -8,11 +8,11 @@
 #     latents6    six latents, β 0.1 to 10 on standardised pixels, on faces
 #     dsprites    VAE, β 4 and β-TCVAE, three seeds each, and the paper's table
 #     sweep       the metric against β for three numbers of latents, on dsprites
-#     publish     copies what the README shows of all these, made small, into results/
+#     publish     copies the pictures and numbers of all that is in runs/, made small, into results/
 #
 # Options go to every run: ./run_all.sh --steps 300 for a quick look, --data img_align_celeba.zip --crop 128 for CelebA.
 # Started again it goes on where it was. --print prints the commands, a line each, to spread over cores or machines:
-#     ./run_all.sh --print | OMP_NUM_THREADS=1 xargs -P 4 -I {} bash -c "{}"       then ./run_all.sh for the comparison
+#     ./run_all.sh --print | OMP_NUM_THREADS=1 xargs -P 4 -L 1 env         then ./run_all.sh for the comparison
 # The runs land in runs/, or in the folder that the variable RUNS names.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -82,9 +82,10 @@ for run in map(Path, sys.argv[1:]):
 EOF
     ;;
 latents6)       # 0.055 is the variance of the faces' pixels: with squared errors divided by it, β is β · 0.055 of ours
-    for beta in 0.1 1 2 10; do
-        train "6-latents-beta-$beta" --latents 6 --beta "$(awk "BEGIN { print $beta * 0.055 }")" --steps 10000 "$@"
-    done
+    train 6-latents-beta-0.1 --latents 6 --beta 0.0055 --steps 10000 "$@"
+    train 6-latents-beta-1 --latents 6 --beta 0.055 --steps 10000 "$@"
+    train 6-latents-beta-2 --latents 6 --beta 0.11 --steps 10000 "$@"
+    train 6-latents-beta-10 --latents 6 --beta 0.55 --steps 10000 "$@"
     picture << 'EOF'
 import json, sys, betavae
 from pathlib import Path
@@ -105,7 +106,7 @@ dsprites)
             train "dsprites-$name-seed-$seed" --data dsprites --steps 20000 $options --seed $seed "$@"
         done
     done
-    after score --baselines 3 --pairs 1,5,20,64,200 --factors 4,5
+    after score --baselines 3 --pairs 1,5,20,64,200 --factors 4,5 --out "$runs"
     ;;
 sweep)
     for latents in 5 10 20; do
@@ -113,9 +114,7 @@ sweep)
             train "sweep-$latents-latents-beta-$beta" --data dsprites --latents $latents --beta $beta --steps 5000 "$@"
         done
     done
-    for name in ${names[@]+"${names[@]}"}; do
-        "$python" "$here/betavae.py" score "$name" --pairs 20 --factors 4 --out "$name" || failed+=("score $name")
-    done
+    after score --pairs 20 --factors 4 --out "$runs/sweep"
     picture << 'EOF'
 import json, sys, betavae
 from pathlib import Path
@@ -123,25 +122,25 @@ panels = [dict(title=title, x='beta · latents / pixels', log_x=True, series={})
           for title in ('accuracy in %, K = 4, L = 20', 'mutual information gap, in %')]
 for run in sys.argv[1:]:
     s = json.loads(Path(run, 'summary.json').read_text())
-    scores, = json.loads(Path(run, 'metric.json').read_text('utf-8')).values()
     J = len(s['kl_per_latent'])
     for panel, cell in zip(panels, ('K = 4, L = 20, 10000 points', 'MIG')):
         xs, ys = panel['series'].setdefault(f"{J} latents, {s['steps']:,} steps, one seed", ([], []))
         xs.append(s['beta'] * J / 4096)
-        ys.append(100 * scores[cell])
+        ys.append(100 * s['scores'][cell])
 betavae.save_picture(Path(sys.argv[1]).parent / 'sweep.png', betavae.chart(panels))
 EOF
     ;;
 publish)
-    PYTHONPATH=$here "$python" - "$runs" "$here/results" << 'EOF'
+    names=("$runs" "$here/results")
+    picture << 'EOF'
 import shutil, sys
 from pathlib import Path
 from PIL import Image
 runs, results = map(Path, sys.argv[1:])
 for path in sorted(runs.rglob('*')):
-    shown = path.parent == runs or path.name in ('top_latent.png', 'traversal.png', 'reconstructions.png', 'curves.png',
-                                                 'five_codes.png', 'summary.json')
-    if shown and path.suffix in ('.png', '.gif', '.md', '.json'):
+    of_run = path.name in ('top_latent.png', 'traversal.png', 'reconstructions.png', 'curves.png', 'five_codes.png', 'summary.json')
+    animated = path.suffix == '.gif' and path.parent.name == '6-latents-beta-1'
+    if of_run or animated or path.parent == runs and path.suffix in ('.png', '.md', '.json'):
         copy = results / path.relative_to(runs)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == '.png':
