@@ -212,11 +212,12 @@ def test_an_interrupted_run_saves_and_goes_on(capsys, monkeypatch, quick_picture
 def test_comparison_and_score(capsys):
     for name in 'ab':
         train('--run', f'runs/{name}', '--seed', ord(name), *SMALL)
-    betavae.main(['compare', 'runs/a', 'runs/b'])
+    train('--run', 'runs/c', '--beta', '200', *SMALL)
+    betavae.main(['compare', 'runs/a', 'runs/b', 'runs/c'])
     Image.open('runs/comparison.png').load()
     table = Path('runs/comparison.md').read_text().splitlines()
-    assert len(table) == 4 and '| a | 1 | 30 |' in table[2]
-    assert ' of 3 | 3 | ' in table[2]                                            # at β = 1 a linear decoder would use all
+    assert len(table) == 5 and '| a | 1 | 30 |' in table[2]
+    assert ' of 3 | 3 | ' in table[2] and ' of 3 | 1 | ' in table[4]             # of the faces' variances one is above 100
     score = ['score', 'runs/a', 'runs/b', '--pairs', '2,1,2', '--train', '200', '--factors', '4']
     betavae.main(score)
     found = [json.loads(Path(f'runs/{name}/summary.json').read_text())['scores'] for name in 'ab']
