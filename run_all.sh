@@ -4,7 +4,7 @@
 #     ./run_all.sh [--print] [GROUP] [OPTION…]
 #
 #     eight       (default) VAE, β 10 to 10000 and three schedules on faces, one sheet and one table of them
-#     beta250     β 250 beside the VAE of `eight`: every active latent, from five codes
+#     beta250     β 250 beside the VAE of `eight`: the active latents (five at most), each from five codes
 #     latents6    six latents, β 0.1 to 10 on standardised pixels, on faces
 #     dsprites    VAE, β 4 and β-TCVAE, three seeds each, and the paper's table
 #     sweep       the metric against β for three numbers of latents, on dsprites
@@ -74,11 +74,12 @@ for run in map(Path, sys.argv[1:]):
     s, model = json.loads((run / 'summary.json').read_text()), betavae.load(run)
     d = data.load(*(json.loads((run / 'settings.json').read_text())[k] for k in ('data', 'crop')))
     mu = betavae.codes_of(model, torch.from_numpy(d.images(d.held_out(5))), 'fp32')[0]                      # (5, J)
-    rows = sorted(range(len(mu[0])), key=lambda j: -s['kl_per_latent'][j])[:max(1, s['active_latents'])]
-    x = [betavae.means_of(model, betavae.traverse(z, rows, torch.linspace(-3, 3, 8))) for z in mu]          # 5 × (rows, 8, …)
-    labels = [f"{s['latent_names'][j]}, {s['kl_per_latent'][j]:.2f} nats" for j in rows]
+    rows = sorted(range(len(mu[0])), key=lambda j: -s['kl_per_latent'][j])[:max(1, min(5, s['active_latents']))]
+    z = torch.stack([betavae.traverse(z, rows, torch.linspace(-3, 3, 8)) for z in mu], 1)                   # (rows, 5, 8, J)
+    labels = [f"{s['latent_names'][j]}, {s['kl_per_latent'][j]:.2f} nats" if n == 0 else '' for j in rows for n in range(5)]
     betavae.save_picture(run / 'five_codes.png', betavae.sheet(
-        torch.cat(x, 1), labels, f"{run.name}, {s['steps']:,} steps: each active latent from -3 to 3, from five codes", scale=1))
+        betavae.means_of(model, z).flatten(0, 1), labels, f"{run.name}, {s['steps']:,} steps: {len(rows)} of its "
+        f"{s['active_latents']} active latents, each from -3 to 3 and from five codes", scale=1))
 EOF
     ;;
 latents6)       # 0.055 is the variance of the faces' pixels: with squared errors divided by it, β is β · 0.055 of ours
