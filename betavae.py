@@ -499,7 +499,7 @@ def ticks(low, high, log=False):
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-COLOURS = ['#1f6fb4', '#e07b28', '#3c9a3c', '#c23b3b', '#8458b3', '#7a5548', '#d667a8', '#666666', '#a8a81f', '#22a6b3']
+COLOURS = ['#1f6fb4', '#e07b28', '#3c9a3c', '#c23b3b', '#8458b3', '#7a5548', '#d667a8', '#22a6b3', '#a8a81f', '#666666']
 
 
 def chart(panels, size=(460, 320)):
