@@ -662,7 +662,7 @@ def draw(run, args, model, held_out, frames, seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)
-def variances(data, n=2000):
+def variances(data, n=1500):
     """λ_i: the eigenvalues of the pixels' covariance over n training images in [0, 1], a tensor (n,).
 
     With the Gaussian likelihood of variance ½ a linear decoder uses #{λ_i > β/2} latents (Tipping and Bishop 1999; Lucas et
@@ -779,7 +779,7 @@ def score(argv):
                 continue
             encode, rng = encode or make(), np.random.default_rng(seed)
             if KL is None:
-                index = np.arange(len(data)) if len(data) <= 10 ** 6 else rng.integers(len(data), size=20000)
+                index = np.arange(len(data)) if len(data) <= 10 ** 6 else rng.integers(len(data), size=10000)
                 scores[cell] = metrics.mutual_information_gap(encode(index), np.stack(np.unravel_index(index, sizes), 1))[0]
             else:
                 scores[cell] = metrics.disentanglement_score(encode, sizes, pairs=KL[1], factors=range(len(sizes))[-KL[0]:],

@@ -405,7 +405,7 @@ def test_weights_that_are_not_finite_are_not_saved(capsys, monkeypatch, quick_pi
     assert not Path('a/checkpoint.pt').exists()
 
 
-def test_the_log_goes_on_from_the_checkpoint():
+def test_the_log_goes_on_from_the_checkpoint(quick_pictures):
     """Rows past it go, be they of a run that was killed or nonsense, and so does a last row between two others."""
     train('--run', 'a', *SMALL, steps=150)
     assert betavae.read_log('a')['step'].tolist() == [100, 150]
@@ -538,7 +538,7 @@ def test_variances_are_those_of_the_covariance():
         return x
     found = betavae.variances(data.Dataset('toy', (1, 64, 64), {}, draw, size=10 ** 6)).numpy()
     np.testing.assert_allclose(found[-2:], [512, 512], rtol=0.1)
-    assert len(found) == 2000 and found[:-2].max() < 1e-2
+    assert len(found) == 1500 and found[:-2].max() < 1e-2
 
 
 def test_held_out_and_training_parts_are_apart():
