@@ -119,13 +119,14 @@ sweep)
     picture << 'EOF'
 import json, sys, betavae
 from pathlib import Path
-panels = [dict(title=title, x='beta · latents / pixels', log_x=True, series={})
+steps = json.loads(Path(sys.argv[1], 'summary.json').read_text())['steps']
+panels = [dict(title=title, x=f'beta · latents / pixels; {steps:,} steps, one seed', log_x=True, series={})
           for title in ('accuracy in %, K = 4, L = 20', 'mutual information gap, in %')]
 for run in sys.argv[1:]:
     s = json.loads(Path(run, 'summary.json').read_text())
     J = len(s['kl_per_latent'])
     for panel, cell in zip(panels, ('K = 4, L = 20, 10000 points', 'MIG')):
-        xs, ys = panel['series'].setdefault(f"{J} latents, {s['steps']:,} steps, one seed", ([], []))
+        xs, ys = panel['series'].setdefault(f'{J} latents', ([], []))
         xs.append(s['beta'] * J / 4096)
         ys.append(100 * s['scores'][cell])
 betavae.save_picture(Path(sys.argv[1]).parent / 'sweep.png', betavae.chart(panels))
