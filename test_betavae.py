@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import betavae
@@ -238,6 +238,30 @@ def test_comparison_and_score(capsys):
     with pytest.raises(SystemExit):                                              # the weights are of another step
         betavae.main(score)
     assert 'train it to the end' in capsys.readouterr().err
+
+
+def test_runs_of_different_objectives_have_different_labels():
+    usual = vars(betavae.training_parser().parse_args([])) | dict(latents=32, beta_from=0.0, likelihood='gaussian')
+    faces = data.Dataset('faces', (3, 64, 64), {'a': 2}, None)
+
+    def label(**options):
+        return betavae.label_of(usual | options, dict(steps=50000), faces)
+    assert label() == 'VAE (β 1, 50,000 steps)' and label(beta=4.0) == 'β-VAE (β 4, 50,000 steps)'
+    assert label(tc=True, beta=6.0) == 'β-TCVAE (β 6, 50,000 steps)'
+    assert label(capacity=25.0, gamma=1000.0) == 'β-VAE (C 25, 50,000 steps)'
+    assert label(anneal=40000, beta_from=100.0) == 'β-VAE (β 1, 50,000 steps, beta_from 100.0, anneal 40000)'
+    assert label(seed=3) == label() != label(latents=10) != label(lr=1e-4)
+
+
+@pytest.mark.parametrize('end', [0, 7])
+def test_every_line_of_a_chart_is_named_beside_it(end):
+    """All eight end at the bottom, or at the top: each name is seen in its colour, within the picture and none upon another."""
+    series = {f'name {n}': ([1, 2], [n, end]) for n in range(8)}
+    right = np.asarray(betavae.chart([dict(title='', x='', series=series)]))[:, 402:]
+    rows = [np.flatnonzero((right == ImageColor.getrgb(c)).all(2).any(1)) for c in betavae.COLOURS[:8]]
+    assert all(len(r) for r in rows)
+    for a, b in itertools.combinations(rows, 2):
+        assert a.max() < b.min() or b.max() < a.min()
 
 
 def test_the_baselines_are_codes_of_the_images():
