@@ -14,7 +14,7 @@
     means = model.decode(mu).sigmoid()                  # (B, C, 64, 64)
 
 Letters: x an image, z its code, q(z|x) = N(mu, exp(logvar)) the encoder, p(x|z) the decoder;
-B images in a batch, C channels, J latents, K factors, L pairs. All losses are in nats per image.
+B images in a batch, M of N images, C channels, J latents, K factors, L pairs. All losses are in nats per image.
 """
 import argparse
 import contextlib
@@ -141,7 +141,7 @@ def log_weights(m, n):
 
         q̂(z)  =  q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the others of q(z|m)
 
-    unbiased, and exact for M = N.
+    unbiased for M > 1 different images, and exact for M = N.
     """
     others = math.log((n - 1) / (n * (m - 1))) if m > 1 else -math.inf
     return torch.full((m, m), others).fill_diagonal_(-math.log(n))
@@ -201,8 +201,8 @@ def train(args):
     precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
     held_out = torch.from_numpy(data.images(data.held_out(1000))).to(device)                # (≤ 1000, C, 64, 64)
 
-    # A checkpoint is this dictionary. The random state is the seed together with the step.
-    state = dict(step=0, seed=args.seed, seconds=0.0, recent=torch.zeros(ROW, 2 + args.latents), frames={}, log=[])
+    # What a checkpoint holds besides model and optimiser. The random state is the seed together with the step.
+    state = dict(step=0, seconds=0.0, recent=torch.zeros(ROW, 2 + args.latents), frames={}, log=[])
     if (run / 'checkpoint.pt').exists():
         state, trained = read_checkpoint(run)
         try:
@@ -221,13 +221,16 @@ def train(args):
     log = [row for row in state['log'] if int(row.split(',')[0]) % ROW == 0]      # a last row may lie between two others
     write_log(run, log, args.latents)
 
-    watch, interrupted, first = Stopwatch(state['seconds']), [], state['step']
-    row_start, row_step, shown, saved = watch.read(), first, 0, time.monotonic()
-    with on_signals(interrupted.append):
+    first, seconds, interrupted = state['step'], state['seconds'], []   # seconds of training, those of earlier starts included
+    row_step, row_start = first, seconds                                # where the log's present row began
+    shown, saved = 0, time.monotonic()                                  # when a line was printed, when a checkpoint written
+    with contextlib.ExitStack() as restored:
+        for s in (signal.SIGINT, signal.SIGTERM):                       # Ctrl-C and a polite kill wait for the end of the step
+            restored.callback(signal.signal, s, signal.signal(s, lambda *_: interrupted.append(True)))
         for step in range(first, args.steps):
+            tick = time.perf_counter()
             beta = beta_at(step, args.beta if args.capacity is None else args.capacity, args.beta_from, args.anneal)
-            for group in optimiser.param_groups:
-                group['lr'] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+            optimiser.param_groups[0]['lr'] = args.lr * min(1, (step + 1) / max(1, args.warmup))
             x, noise = batch(data, args.seed, step, args.batch, args.latents, device)
 
             optimiser.zero_grad()
@@ -245,28 +248,26 @@ def train(args):
             save_due = picture_due or now - saved > SAVE_SECONDS or stop
             if device.type == 'cpu' or save_due or done % ROW == 0:             # a look at each step stalls a GPU
                 check_finite(recent, done, run)
+            seconds += time.perf_counter() - tick                               # of training, without pictures and files
             if save_due and not all(p.isfinite().all() for p in model.parameters()):
                 fail_at(done, 'a weight is no longer finite', run)
             if done % ROW == 0 or done == args.steps:
-                seconds = watch.read() - row_start
-                with watch.paused(), precision():
+                with precision():
                     held = evaluate(model, held_out[::8], args, beta)
                 check_finite(held[None], done, run, ' on held-out images')
-                log.append(log_row(done, beta, means, held, (done - row_step) * args.batch / seconds))
+                log.append(log_row(done, beta, means, held, (done - row_step) * args.batch / (seconds - row_start)))
                 write_log(run, log, args.latents)
-                row_start, row_step = watch.read(), done
+                row_start, row_step = seconds, done
             if done in (first + 1, args.steps) or now - shown > (0.5 if sys.stdout.isatty() else 10):
                 shown = now
-                say(done, args, beta, means.tolist(), (done - first) / (watch.read() - state['seconds']))
+                say(done, args, beta, means.tolist(), (done - first) / (seconds - state['seconds']))
             if picture_due:
-                with watch.paused():
-                    frames[done] = means_of(model, codes_of(model, held_out[:8], args.precision)[0])
-                    summary = draw(run, args, model, held_out, frames, watch.seconds)
+                frames[done] = means_of(model, codes_of(model, held_out[:8], args.precision)[0])
+                summary = draw(run, args, model, held_out, frames, seconds)
             if save_due:
-                with watch.paused():
-                    write(run / 'checkpoint.pt', lambda file: torch.save(dict(
-                        step=done, seed=args.seed, seconds=watch.seconds, recent=recent, frames=frames, log=log,
-                        model=model.state_dict(), optimiser=optimiser.state_dict()), file))
+                write(run / 'checkpoint.pt', lambda file: torch.save(dict(
+                    step=done, seed=args.seed, seconds=seconds, recent=recent, frames=frames, log=log,
+                    model=model.state_dict(), optimiser=optimiser.state_dict()), file))
                 saved = now
             if stop and done < args.steps:
                 print(f'\nstopped at step {done:,} and saved: the same command goes on from there')
@@ -284,7 +285,7 @@ def evaluate(model, images, args, beta):
     noise = torch.randn(len(x), model.latents, generator=torch.Generator().manual_seed(0)).to(x.device)
     logits, mu, logvar = model(x, noise)
     recon = reconstruction(logits, x, args.likelihood)
-    weighted, kl = penalty(args, beta, mu, logvar, noise, len(x))
+    weighted, kl = penalty(args, beta, mu, logvar, noise, args.dataset.train_size)
     return torch.cat([torch.stack([recon + weighted, recon]), kl])
 
 
@@ -323,33 +324,6 @@ def say(done, args, beta, means, steps_per_second):
         print(line, flush=True)
 
 
-class Stopwatch:
-    """Seconds of training, those of earlier sittings included, those inside `paused` not."""
-
-    def __init__(self, seconds=0.0):
-        self.seconds, self.start = seconds, time.perf_counter()
-
-    def read(self):
-        return self.seconds + time.perf_counter() - self.start
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.seconds = self.read()
-        yield
-        self.start = time.perf_counter()
-
-
-@contextlib.contextmanager
-def on_signals(act):
-    """Ctrl-C and a polite kill call `act` instead of breaking off in the middle of a step."""
-    before = {s: signal.signal(s, lambda number, frame: act(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
 def keep_freed_memory():
     """Let glibc keep freed memory. It would hand back each 4 MB activation, and the page faults on mapping the next one
     cost up to a third of a step. Elsewhere (macOS, Windows) there is no mallopt, and nothing happens."""
@@ -367,7 +341,7 @@ def keep_freed_memory():
 def write(path, content):
     """Replace a file by bytes, or by what a function writes to a buffer, atomically: there is always a whole one."""
     if callable(content):
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()                       # a full disk is then an OSError below, whatever writes
         content(buffer)
         content = buffer.getvalue()
     partial = path.with_name(path.name + '.partial')
@@ -387,6 +361,14 @@ def settings(args):
     """What settings.json holds: every option as it was settled, and the versions."""
     versions = dict(python=platform.python_version(), torch=torch.__version__, data=args.dataset.version)
     return {name: getattr(args, name) for name in OPTIONS} | {'versions': versions}
+
+
+def read_json(path, cure='delete it'):
+    """The dictionary in a file; {} where there is none."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        fail(f'{path} cannot be read ({error}); {cure}')
 
 
 def read_checkpoint(run):
@@ -451,15 +433,14 @@ def codes_of(model, images, precision):
 
 
 def traverse(z, latents, values):
-    """A code (J,) with each of some latents set to each value: (latents, values, J)."""
+    """A code (J,) with each of some latents set to each of some values, a tensor: (latents, values, J)."""
     grid = z.repeat(len(latents), len(values), 1)
     for row, j in enumerate(latents):
-        grid[row, :, j] = torch.as_tensor(values, dtype=z.dtype)
+        grid[row, :, j] = values
     return grid
 
 
-def font(size):
-    return ImageFont.load_default(size)
+font = functools.lru_cache(ImageFont.load_default)
 
 
 def latin(text):
@@ -467,16 +448,17 @@ def latin(text):
 
 
 def sheet(images, labels=(), title='', notes=(), scale=None):
-    """Images (R, C, channels, 64, 64) in rows, a label left of each row, a title above, lines of notes below."""
+    """Images (rows, columns, C, 64, 64) → a picture of them: a label left of each row, a title above, lines of notes below."""
     images = np.pad(np.asarray(images), ((0, 0),) * 3 + ((1, 1),) * 2, constant_values=255)
-    images = np.repeat(images, 3, axis=2) if images.shape[2] == 1 else images               # (R, C, 3, 66, 66)
+    images = np.repeat(images, 3, axis=2) if images.shape[2] == 1 else images               # (rows, columns, 3, 66, 66)
     rows, columns, _, side, _ = images.shape
+    title, labels, notes = latin(title), [latin(label) for label in labels], [latin(note) for note in notes]
     scale = scale or (2 if rows <= 12 else 1)
-    body = Image.fromarray(images.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3).copy())
+    body = Image.fromarray(images.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3))
     body = body.resize((body.width * scale, body.height * scale), Image.Resampling.BICUBIC)
     size = 8 + 4 * scale
     left = max((int(font(size).getlength(label)) + 16 for label in labels), default=0)
-    wide = max([left + body.width] + [int(font(size).getlength(text)) + 12 for text in (title, *notes)])
+    wide = max([left + body.width] + [int(font(size).getlength(text)) + 12 for text in [title, *notes]])
     top, line = (size * 2 if title else 0), size + 6
     picture = Image.new('RGB', (wide, top + body.height + line * len(notes) + (6 if notes else 0)), 'white')
     picture.paste(body, (left, top))
@@ -514,7 +496,7 @@ def chart(panels, size=(460, 320)):
         xs = np.concatenate([v[0] for v in series.values()])
         ys = np.concatenate([v[1] for v in series.values()] + [list(lines.values())])
         ys = ys[np.isfinite(ys)] if np.isfinite(ys).any() else np.zeros(1)
-        x0, x1 = xs.min(), max(xs.max(), xs.min() + 1e-9)
+        x0, x1 = xs.min(), max(xs.max(), xs.min() * 1.001)
         y0, y1 = panel.get('limits', (ys.min(), ys.max()))
         spare = (y1 - y0) or abs(y0) or 20.0
         y0, y1 = y0 - 0.05 * spare, y1 + 0.05 * spare
@@ -527,7 +509,7 @@ def chart(panels, size=(460, 320)):
 
         def py(y):
             return h - bottom - (np.clip(y, y0, y1) - y0) / (y1 - y0) * (h - top - bottom)
-        for x in ticks(x0, x1, log):
+        for x in ticks(x0, x1, log) if x1 > 1.01 * x0 else [x0]:
             pen.line([px(x), top, px(x), h - bottom], '#e6e6e6')
             pen.text((px(x), h - bottom + 5), f'{x:,g}', 'black', font(12), anchor='ma')
         for y in ticks(y0, y1):
@@ -572,24 +554,25 @@ def save_gif(path, pictures, milliseconds):
                                             loop=0))
 
 
-def top_latent(mu, logvar, kl, seed=0):
+def top_latent(mu, logvar):
     """The documents' picture, as codes (3, 10, J): the zero vector with the latent of largest mean KL varied from its
     least to its greatest sampled value; the second and third row add one and two mean posterior standard deviations."""
-    sigma, j = torch.exp(0.5 * logvar), int(kl.argmax())
-    z = sample(mu, logvar, torch.randn(mu.shape, generator=torch.Generator().manual_seed(seed)))
+    sigma, j = torch.exp(0.5 * logvar), int(kl_per_latent(mu, logvar).mean(0).argmax())
+    z = sample(mu, logvar, torch.randn(mu.shape, generator=torch.Generator().manual_seed(0)))
     row = traverse(torch.zeros(mu.shape[1]), [j], torch.linspace(z[:, j].min(), z[:, j].max(), 10))
     return torch.cat([row + n * sigma.mean(0) for n in range(3)])
 
 
-def latent_names(model, data, precision, n=5000):
+def latent_names(model, data, precision, kl, n=5000):
     """What each latent is called, measured over n images: the factor of largest normalised mutual information, and that
-    share, where it is at least 5 %; else its number alone."""
+    share, where it is at least 5 % and the latent is active; else its number alone."""
     if not data.factor_sizes:
         return [f'z{j}' for j in range(model.latents)]
     index = np.random.default_rng(0).integers(len(data), size=n)
     mu = codes_of(model, data.images(torch.from_numpy(index)), precision)[0].numpy()
     factor, share = metrics.encoded_factors(mu, np.stack(np.unravel_index(index, data.factor_sizes), 1))
-    return [f'z{j}' + (f': {data.factor_names[k]} {s:.0%}' if s >= 0.05 else '') for j, (k, s) in enumerate(zip(factor, share))]
+    return [f'z{j}' + (f': {data.factor_names[k]} {s:.0%}' if s >= 0.05 and kl[j] > ACTIVE else '')
+            for j, (k, s) in enumerate(zip(factor, share))]
 
 
 @torch.no_grad()
@@ -603,28 +586,25 @@ def draw(run, args, model, held_out, frames, seconds):
     idle = ', '.join(f'z{j}' for j in sorted(set(order) - set(active))) or 'none'
     name = f'{Path(run).name}, {done:,} steps'
 
-    eight = held_out[:8].cpu()
-    prior = torch.randn(2, 8, args.latents, generator=torch.Generator().manual_seed(0))
-    samples = means_of(model, prior)
-    columns = min(8, len(eight))
-    save_picture(run / 'reconstructions.png', sheet(torch.stack([eight, frames[done], *samples[:, :columns]]),
+    eight = held_out[:8].cpu()                                                              # (≤ 8, C, 64, 64)
+    prior = torch.randn(2, 8, args.latents, generator=torch.Generator().manual_seed(0))[:, :len(eight)]
+    save_picture(run / 'reconstructions.png', sheet(torch.stack([eight, frames[done], *means_of(model, prior)]),
                                                     ['held out', 'reconstructed', 'from the prior', ''], name))
 
     rows = active or order[:1]
     base = mu[min(3, len(mu) - 1)]
-    names = latent_names(model, args.dataset, args.precision)
-    names = [name if kl[j] > ACTIVE else f'z{j}' for j, name in enumerate(names)]             # noise has no name
+    names = latent_names(model, args.dataset, args.precision, kl)
     save_picture(run / 'traversal.png', sheet(
         means_of(model, traverse(base, rows, torch.linspace(-3, 3, 8))),
         [f'{names[j]}, {kl[j]:.2f} nats' for j in rows],
         f'{name}: each active latent from -3 to 3, the others as in one image', [f'inactive: {idle}']))
 
     there = -torch.cos(torch.linspace(0, math.pi, 9))                                       # -1 → 1
-    moving = means_of(model, torch.stack([traverse(z, order, there) for z in mu[:columns]], 1))     # (J, 8, 9, …)
+    moving = means_of(model, torch.stack([traverse(z, order, there) for z in mu[:8]], 1))     # (J, 8, 9, …)
     moving = [sheet(moving[:, :, t], [f'z{j}' for j in order], scale=1) for t in range(9)]
     save_gif(run / 'traversal.gif', moving + moving[-2:0:-1], 90)                           # … and back
 
-    picture = means_of(model, top_latent(mu, logvar, kl))
+    picture = means_of(model, top_latent(mu, logvar))
     save_picture(run / 'top_latent.png', sheet(
         picture, ['zero vector', '+ 1 st. dev.', '+ 2 st. dev.'], f'{name}: {names[order[0]]}, {kl[order[0]]:.2f} nats'))
 
@@ -658,8 +638,25 @@ def draw(run, args, model, held_out, frames, seconds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# Finished runs: side by side, and scored
 # ---------------------------------------------------------------------------------------------------------------------
+
+load_data = functools.lru_cache(maxsize=2)(datasets.load)
+
+
+def finished(run):
+    """What the folder of a finished run holds: settings, summary, data set, model."""
+    try:
+        s, summary = (json.loads((run / name).read_text()) for name in ('settings.json', 'summary.json'))
+        state, model = read_checkpoint(run)
+        if missing := set(OPTIONS) - set(s):
+            raise ValueError(f'its settings lack {", ".join(sorted(missing))}')
+        if state['step'] != summary['steps']:
+            raise ValueError(f"it is at step {state['step']:,}, its summary at {summary['steps']:,}: train it to the end")
+        return s, summary, load_data(s['data'], s['crop']), model.eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f'{run} is not a finished run ({error})')
+
 
 @functools.lru_cache(maxsize=2)
 def variances(data, n=1500):
@@ -680,17 +677,15 @@ def compare(argv):
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
     parser.add_argument('--out', type=Path, help='for comparison.png and .md (default: where the first run is)')
     args = parser.parse_args(argv)
-    out, pictures, labels = args.out or args.runs[0].parent, [], []
+    out, pictures = args.out or args.runs[0].parent, []
     table = [['run', 'β', 'steps', 'reconstruction', 'KL', 'active latents', 'λ > β/2', 'collapsed', 'top latent'], ['---'] * 9]
     for run in args.runs:
         s, summary, data, model = finished(run)
-        mu, logvar = codes_of(model, torch.from_numpy(data.images(data.held_out(1000))), s['precision'])
-        kl = kl_per_latent(mu, logvar).mean(0)
-        pictures.append(means_of(model, top_latent(mu, logvar, kl)[0]))
-        labels.append(run.name)
-        start, end = (s['beta_from'], s['beta']) if s['capacity'] is None else (0, s['capacity'])
-        moving = f"{start:g} → {end:g} over {s['anneal']:,}" if s['anneal'] else f'{end:g}'
-        moving, top = ('C ' if s['capacity'] is not None else '') + moving, summary['top_latent']
+        codes = codes_of(model, torch.from_numpy(data.images(data.held_out(1000))), s['precision'])
+        pictures.append(means_of(model, top_latent(*codes)[0]))
+        letter, end = ('', s['beta']) if s['capacity'] is None else ('C ', s['capacity'])
+        moving = letter + (f"{s['beta_from']:g} → {end:g} over {s['anneal']:,}" if s['anneal'] else f'{end:g}')
+        top = summary['top_latent']
         linear = s['likelihood'] == 'gaussian' and not s['tc'] and s['capacity'] is None
         predicted = min(s['latents'], int((variances(data) > summary['beta'] / 2).sum())) if linear else ''
         table.append([run.name, moving, f"{summary['steps']:,}", f"{summary['reconstruction']:.2f}", f"{summary['kl']:.2f}",
@@ -699,8 +694,8 @@ def compare(argv):
     if len({p.shape for p in pictures}) > 1:
         fail('these runs differ in their number of channels: compare runs on one kind of data')
     out.mkdir(parents=True, exist_ok=True)
-    title = 'the top latent, from its least to its greatest value'
-    save_picture(out / 'comparison.png', sheet(torch.stack(pictures), labels, title))
+    save_picture(out / 'comparison.png', sheet(torch.stack(pictures), [run.name for run in args.runs],
+                                               'the top latent, from its least to its greatest value'))
     write_table(out / 'comparison.md', table)
     print(f'\n{out / "comparison.png"} and {out / "comparison.md"} are written')
 
@@ -725,18 +720,15 @@ def looked_up(encode, size):
     return lambda index: codes[index]
 
 
-def integers(text):
-    return sorted({number(int, 1, 10 ** 6)(word) for word in text.split(',')})
-
-
-# Accuracy in %, Higgins et al. 2017, table 1 (fully connected network; their L and K are not certain).
+# Accuracy in %, Higgins et al. 2017, figure 6, left (fully connected network; their L and K are not certain).
 PUBLISHED = {'raw pixels': 45.75, 'PCA': 84.9, 'ICA': 42.03, 'untrained VAE': 44.14, 'VAE': 61.58, 'β-VAE': 99.23}
 
 
 def score(argv):
     """The paper's table: the metric against L and K, and the MIG, of runs and of codes that need no training."""
     parser = Parser(prog='betavae.py score', description='Score runs by the linear-classifier metric of Higgins et al. 2017.')
-    parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='runs that differ in seed only are one row')
+    parser.add_argument('runs', nargs='*', type=Path, metavar='RUN',
+                        help='runs that differ in seed (or device, or precision) only are one row')
     parser.add_argument('--pairs', type=integers, default=[64], metavar='L,…', help='averaged for one point (default 64)')
     parser.add_argument('--factors', type=integers, metavar='K,…',
                         help='the last K factors may be chosen: dSprites with 4 is without shape (default: all)')
@@ -750,8 +742,10 @@ def score(argv):
     runs = [finished(run) for run in args.runs]
     data = runs[0][2] if runs else load_data('dsprites')
     out, sizes = args.out or (args.runs[0].parent if runs else Path('runs')), data.factor_sizes
-    if any(run[2].name != data.name for run in runs) or args.baselines and data.name != 'dsprites':
-        fail('runs of one data set make one table, and the baselines are of dsprites')
+    if any((d.name, d.factor_names) != (data.name, data.factor_names) for _, _, d, _ in runs):
+        fail('runs of one data set make one table')
+    if args.baselines and data.name != 'dsprites':
+        fail('--baselines are of dsprites')
     if not sizes:
         fail(f'{args.runs[0]} was trained on images whose factors are unknown: the metric needs them (faces, dsprites)')
     args.factors = args.factors or [len(sizes)]
@@ -761,14 +755,14 @@ def score(argv):
 
     # A row: label, seed, a function that makes the encoder, and its scores, which are part of what a file holds.
     kept = out / 'baselines.json'
-    found = read_json(kept) if kept.exists() else {}
+    found = read_json(kept)
     rows = [(label, seed, make, found.setdefault(f'{label}, seed {seed}', {}), kept, found)
             for label, seed, make in baselines(data, args.baselines)]
     rows += [(label_of(s, summary, data), s['seed'], functools.partial(encoder_of, model, data, s['precision']),
               summary.setdefault('scores', {}), run / 'summary.json', summary)
              for run, (s, summary, _, model) in zip(args.runs, runs)]
     if len({row[:2] for row in rows}) < len(rows):
-        fail('two of these runs differ in nothing')
+        fail('two of these runs have one seed, and no option but --device and --precision tells them apart')
 
     columns = {f'K = {K}, L = {L}': (K, L) for K, L in itertools.product(args.factors, args.pairs)}
     cells = {f'{column}, {args.train} points': KL for column, KL in columns.items()} | {'MIG': None}
@@ -798,8 +792,9 @@ def score(argv):
                  for cell, m, d in zip(cells, mean, deviation)]
         words = [word.replace('nan ± nan', '') for word in words]
         table.append([label, str(len(x)), *(words if len(x) > 1 else [word.split(' ±')[0] for word in words])])
-        for panel, *y in zip(panels, *(100 * a[:-1].reshape(len(panels), -1) for a in (mean, deviation))):
-            panel['series'][label] = (args.pairs, *y)
+        for k, panel in enumerate(panels):
+            own = slice(k * len(args.pairs), (k + 1) * len(args.pairs))                   # the columns of this K
+            panel['series'][label] = args.pairs, 100 * mean[own], 100 * deviation[own]
     write_table(out / 'metric.md', table)
     if len(args.pairs) > 1:
         save_picture(out / 'metric.png', chart(panels, size=(680, 480)))
@@ -831,34 +826,15 @@ def label_of(s, summary, data):
     capacity = s['capacity'] is not None
     kind = 'β-TCVAE' if s['tc'] else 'VAE' if s['beta'] == 1 and not (capacity or s['anneal']) else 'β-VAE'
     words = [f"C {s['capacity']:g}" if capacity else f"β {s['beta']:g}", f"{summary['steps']:,} steps"]
-    usual = vars(training_parser().parse_args([])) | dict(
-        latents=10 if data.name == 'dsprites' else 32, beta_from=0, likelihood=s['likelihood'], gamma=1000 if capacity else None)
+    usual = vars(training_parser().parse_args([])) | left_open(data, s['capacity'])
     told = ('data', 'run', 'beta', 'tc', 'capacity', 'steps', 'seed', 'device', 'precision')
     words += [f'{k} {s[k]}' for k in OPTIONS if k not in told and s[k] != usual[k]]
     return f"{kind} ({', '.join(words)})"
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text('utf-8'))
-    except ValueError as error:
-        fail(f'{path} cannot be read ({error}); delete it')
-
-
-def finished(run):
-    """What the folder of a finished run holds: settings, summary, data set, model."""
-    try:
-        s, summary = (json.loads((run / name).read_text()) for name in ('settings.json', 'summary.json'))
-        state, model = read_checkpoint(run)
-        if set(OPTIONS) - set(s) or state['step'] != summary['steps']:
-            raise ValueError(f"it is at step {state['step']:,}, its summary at {summary['steps']:,}: train it to the end")
-        return s, summary, load_data(s['data'], s['crop']), model.eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError) as error:
-        fail(f'{run} is not a finished run ({error})')
-
-
-load_data = functools.lru_cache(maxsize=2)(datasets.load)
-
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
 
 def fail(message, code=2):
     if sys.stdout.isatty():
@@ -886,6 +862,10 @@ def number(kind, low, high):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def integers(text):
+    return sorted({number(int, 1, 10 ** 6)(word) for word in text.split(',')})
 
 
 COMMANDS = dict(compare=compare, score=score)
@@ -925,10 +905,18 @@ def training_parser():
     return parser
 
 
+def left_open(data, capacity):
+    """What stands for the options whose default hangs on the data or on other options."""
+    return dict(latents=10 if data.name == 'dsprites' else 32, beta_from=0.0, gamma=None if capacity is None else 1000.0,
+                likelihood='bernoulli' if data.shape[0] == 1 else 'gaussian')
+
+
 def settle(args, parser):
     """Fill in what was left open, from the data or from the run that is gone on with, and refuse contradictions."""
     if args.beta_from is not None and not args.anneal:
         fail('--beta-from needs --anneal: the steps over which β moves')
+    if args.tc and args.batch == 1:
+        fail('--tc needs a --batch of two or more')
     if args.capacity is None and args.gamma is not None:
         fail('--gamma needs --capacity')
     if args.capacity is not None and (args.tc or args.beta != 1 or args.beta_from is not None):
@@ -940,19 +928,15 @@ def settle(args, parser):
         args.run = str(Path('runs', '-'.join([Path(args.data).stem, f'beta{args.beta:g}', *words]).replace('_', '')))
     if Path(args.run).exists() and not Path(args.run).is_dir():
         fail(f'--run {args.run} is a file; give a folder')
-    path = Path(args.run, 'settings.json')
-    try:
-        found = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        fail(f'{path} cannot be read ({error}); to begin anew, delete {args.run}')
+    found = read_json(Path(args.run, 'settings.json'), f'to begin anew, delete {args.run}')
     if not found and Path(args.run, 'checkpoint.pt').exists():
         fail(f'{args.run} holds a checkpoint but no settings.json; to begin anew, delete it')
     if args.data not in ('faces', 'dsprites'):
         args.data = str(Path(args.data).absolute())
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if args.device == 'auto':
-        args.device = found.get('device') or ('cuda' if torch.cuda.is_available() else
-                                              'mps' if torch.backends.mps.is_available() else 'cpu')
-    if not dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())[args.device]:
+        args.device = found.get('device') or next(name for name in there if there[name])
+    if not there.get(args.device):
         fail(f'there is no {args.device} device here')
     if args.precision == 'auto':
         args.precision = found.get('precision') or ('bf16' if has_bf16(args.device) else 'fp32')
@@ -964,11 +948,9 @@ def settle(args, parser):
               f'--steps {args.steps:,}', file=sys.stderr)
     if args.batch > args.dataset.train_size:
         fail(f'--batch {args.batch} is more than the {args.dataset.train_size} training images of {args.data}')
-    args.latents = args.latents or (10 if args.dataset.name == 'dsprites' else 32)
-    args.likelihood = args.likelihood or ('bernoulli' if args.dataset.shape[0] == 1 else 'gaussian')
-    args.beta_from = args.beta_from or 0.0
-    if args.capacity is not None and args.gamma is None:
-        args.gamma = 1000.0
+    for name, value in left_open(args.dataset, args.capacity).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     differ = [f"--{k.replace('_', '-')} {found[k]} there, {getattr(args, k)} here" for k in OPTIONS
               if k in found and k != 'steps' and found[k] != getattr(args, k)]
     if found and found.get('versions', {}).get('data') != args.dataset.version:

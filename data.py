@@ -75,11 +75,11 @@ def load(source, crop=None):
     crop: side of the centred square cut from people's own images before they are resized (CelebA: 128); the largest
     if None. Raises Unusable for whatever cannot be loaded.
     """
-    if source in ('faces', 'dsprites'):
-        if crop is not None:
-            raise Unusable(f'--crop is for your own images; {source} is drawn at 64 × 64')
+    path, drawn = Path(source), source in ('faces', 'dsprites')
+    if crop is not None and (drawn or path.suffix == '.npz'):
+        raise Unusable(f'--crop is for your own images; {source} is 64 × 64 already')
+    if drawn:
         return faces() if source == 'faces' else dsprites()
-    path = Path(source)
     if not path.exists():
         raise Unusable(f'no data at {source}: give faces, dsprites, or the path of a folder, .zip or dSprites .npz')
     if path.suffix == '.npz':
@@ -210,7 +210,7 @@ def face_masks():
     """What covers each pixel, tabulated for the factors that give shape: a dictionary of float32 (rows, 4096).
 
     A row is a pair (azimuth, second factor): until the last line everything broadcasts to (azimuths, values of the second,
-    64, 64), and `+ 0 * smile` gives a mask that second axis. `clothes`, `ramp` and `roundness` have one row.
+    64, 64). `clothes`, `ramp` and `roundness` have one row.
     """
     x, y = np.meshgrid((np.arange(64) - 31.5) / 1.2, (np.arange(64) - 33.5) / 1.2)    # from the middle, y down
 
@@ -255,7 +255,7 @@ def face_masks():
     # Features, pasted in this order: eyes, brows, nostrils, mouth.
     smile = values('smile', -0.5, 1.1)
     white = np.zeros((1, 1, 1, 1), np.float32)
-    dark, lips = white, white
+    dark = white
     for side in (-1, 1):
         centre, narrow = seen(27 * side)
         eye = blob(centre, -0.5, 3.3 * narrow, 1.9)
@@ -271,11 +271,11 @@ def face_masks():
     opening = np.maximum(1.7 * smile, 0) * (1 - across ** 2)
     mouth = cover(np.maximum(np.abs(y - middle) - opening - 0.2 - 1.3 * (1 - across ** 2), (np.abs(across) - 1) * 5))
     teeth = cover(np.abs(y - middle) - opening + 0.3) * (np.abs(across) < 1) * mouth
-    lips = np.maximum(lips, mouth) * (1 - teeth)
+    lips = mouth * (1 - teeth)
     white = np.maximum(white * (1 - dark), teeth)
     masks = dict(clothes=clothes, ramp=-y / 27, roundness=np.clip(x / 17, -1, 1),
-                 body=body, skin=skin, side=head * round_x, behind=behind, fringe=cover(fringe), white=white + 0 * smile,
-                 dark=dark * (1 - mouth) + 0 * smile, lips=lips)
+                 body=body, skin=skin, side=head * round_x, behind=behind, fringe=cover(fringe), white=white,
+                 dark=dark * (1 - mouth), lips=lips)
     return {name: np.ascontiguousarray(mask.reshape(-1, 4096), np.float32) for name, mask in masks.items()}
 
 

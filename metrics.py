@@ -94,7 +94,8 @@ def softmax_regression(x, k, classes, ridge=1e-4):
 def mutual_information_gap(mu, v, bins=None):
     """MIG (Chen et al. 2018, eq. 6) and the matrix I(z_j; v_k) in nats: a float in [0, 1] and an array (J, K).
 
-    mu (n, J) are posterior means, cut into `bins` bins of equal width between the least and the greatest (default: as many
+    Their z are samples from q(z|x); here, as in most later work, posterior means: the numbers are not comparable with theirs.
+    mu (n, J) are these means, cut into `bins` bins of equal width between the least and the greatest (default: as many
     as the largest factor has values); v (n, K) are integers. The gap between the two latents that know most of a factor,
     divided by the factor's entropy H(v_k), averaged over the factors that vary.
     """
@@ -123,7 +124,10 @@ def entropy_of(v):
 
 
 def encoded_factors(mu, v, bins=20):
-    """For each latent the factor of largest I(z_j; v_k) / H(v_k), and that share in [0, 1]: two arrays (J,)."""
+    """For each latent the factor of largest I(z_j; v_k) / H(v_k), and that share in [0, 1]: two arrays (J,).
+
+    20 bins, since noise adds about (bins − 1)(values − 1) / 2n nats to I.
+    """
     _, information = mutual_information_gap(mu, v, bins)
     share = information / np.maximum(entropy_of(v), 1e-12)
     return share.argmax(1), share.max(1)
@@ -147,7 +151,8 @@ def elbo_decomposition(mu, logvar, rng=None):
     """The three terms over N images, in nats, by one sample z of each image's posterior: a dictionary.
 
     mu, logvar (N, J) are those of q(z|n); rng a numpy.random.Generator (default: seed 2018). The terms sum to `kl`, the
-    Monte-Carlo estimate of the KL term, exactly, and to the analytic one within `standard_error`; the first is at most ln N.
+    Monte-Carlo estimate of the KL term, exactly, and to the analytic one within a few times `standard_error`; the first is at
+    most ln N.
     """
     mu, logvar = (torch.as_tensor(np.asarray(a), dtype=torch.float64) for a in (mu, logvar))
     noise = (np.random.default_rng(2018) if rng is None else rng).standard_normal(mu.shape)
