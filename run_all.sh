@@ -5,7 +5,7 @@
 #
 #     eight       (default) VAE, β 10 to 10000 and three schedules on faces, one sheet and one table of them
 #     beta250     β 250 beside the VAE of `eight`: the active latents (five at most), each from five codes
-#     latents6    six latents, β 0.1 to 10 on standardised pixels, on faces
+#     latents6    six latents, β 0.1 to 10 on standardised pixels (of faces: with other data their variance is another)
 #     dsprites    VAE, β 4 and β-TCVAE, three seeds each, and the paper's table
 #     sweep       the metric against β for three numbers of latents, on dsprites
 #     publish     copies the pictures and numbers of all that is in runs/, made small, into results/
@@ -47,7 +47,7 @@ after() {       # a command of betavae.py over all runs that are whole
     "$python" "$here/betavae.py" "$1" "${names[@]}" "${@:2}" || failed+=("$1")
 }
 
-picture() {     # a picture of them, by the Python on standard input
+picture() {     # a picture of the folders in `names`, by the Python on standard input
     if [ $print = yes ] || [ ${#names[@]} -eq 0 ]; then return; fi
     PYTHONPATH=$here "$python" - "${names[@]}" || failed+=(picture)
 }
@@ -78,8 +78,8 @@ for run in map(Path, sys.argv[1:]):
     z = torch.stack([betavae.traverse(z, rows, torch.linspace(-3, 3, 8)) for z in mu], 1)                   # (rows, 5, 8, J)
     labels = [f"{s['latent_names'][j]}, {s['kl_per_latent'][j]:.2f} nats" if n == 0 else '' for j in rows for n in range(5)]
     betavae.save_picture(run / 'five_codes.png', betavae.sheet(
-        betavae.means_of(model, z).flatten(0, 1), labels, f"{run.name}, {s['steps']:,} steps: {len(rows)} of its "
-        f"{s['active_latents']} active latents, each from -3 to 3 and from five codes", scale=1))
+        betavae.means_of(model, z).flatten(0, 1), labels, f"{run.name}, {s['steps']:,} steps: {len(rows)} of its latents "
+        f"({s['active_latents']} are active), each from -3 to 3 and from five codes", scale=1))
 EOF
     ;;
 latents6)       # 0.055 is the variance of the faces' pixels: with squared errors divided by it, β is β · 0.055 of ours
@@ -93,7 +93,8 @@ from pathlib import Path
 runs = [Path(run) for run in sys.argv[1:]]
 s = [json.loads((run / 'summary.json').read_text()) for run in runs]
 beta = [r['beta'] / 0.055 for r in s]
-what = f"6 latents, faces, {s[0]['steps']:,} steps"
+data = json.loads((runs[0] / 'settings.json').read_text())['data']
+what = f"6 latents, {Path(data).stem}, {s[0]['steps']:,} steps"
 betavae.save_picture(runs[0].parent / '6-latents.png', betavae.chart([
     dict(title=title, x=f'beta on standardised pixels; {what}', log_x=True, series={'': (beta, [r[term] for r in s])})
     for term, title in (('reconstruction', 'squared error, summed over pixels'), ('kl', 'KL, nats per image'))]))
@@ -142,6 +143,7 @@ runs, results = map(Path, sys.argv[1:])
 for path in sorted(runs.rglob('*')):
     of_run = path.name in ('top_latent.png', 'traversal.png', 'reconstructions.png', 'curves.png', 'five_codes.png', 'summary.json')
     animated = path.suffix == '.gif' and path.parent.name == '6-latents-beta-1'
+    of_run = of_run and (path.suffix == '.json' or not path.parent.name.startswith('sweep'))
     if of_run or animated or path.parent == runs and path.suffix in ('.png', '.md', '.json'):
         copy = results / path.relative_to(runs)
         copy.parent.mkdir(parents=True, exist_ok=True)

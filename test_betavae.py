@@ -251,6 +251,7 @@ def test_runs_of_different_objectives_have_different_labels():
     assert label(capacity=25.0, gamma=1000.0) == 'β-VAE (C 25, 50,000 steps)'
     assert label(anneal=40000, beta_from=100.0) == 'β-VAE (β 1, 50,000 steps, beta_from 100.0, anneal 40000)'
     assert label(seed=3) == label() != label(latents=10) != label(lr=1e-4)
+    assert label(likelihood='bernoulli') == 'VAE (β 1, 50,000 steps, likelihood bernoulli)'
 
 
 @pytest.mark.parametrize('end', [0, 7])
@@ -296,7 +297,7 @@ BAD_OPTIONS = """
     --seed -1 | --seed 4294967296 | --seed 1.5 | --seed abc | --crop 0 | --crop -5 | --crop 128 | --crop 64.5
     --data nowhere | --data dsprites --crop 64 | --data nowhere.zip | --data nowhere.npz
     --likelihood poisson | --likelihood | --device tpu | --device cuda | --device cuda:9 | --precision fp8 | --precision fp16
-    --tc --capacity 5 | --capacity -1 | --capacity nan | --capacity 5 --beta 2 | --capacity 5 --beta-from 1 --anneal 9
+    --tc --batch 1 | --tc --capacity 5 | --capacity -1 | --capacity nan | --capacity 5 --beta 2 | --capacity 5 --beta-from 1 --anneal 9
     --gamma 5 | --gamma -1 --capacity 5 | --gamma nan --capacity 5 | --colour red | --bet 3 | surplus | compare | score | score --baselines -1
     compare nowhere | score nowhere | score nowhere --pairs 0 | score nowhere --pairs x | score nowhere --train 1
     score --baselines 1 --factors 1 | score --baselines 1 --factors 6 | score --baselines 1 --pairs 0
