@@ -82,17 +82,17 @@ for run in map(Path, sys.argv[1:]):
         f"({s['active_latents']} are active), each from -3 to 3 and from five codes", scale=1))
 EOF
     ;;
-latents6)       # 0.055 is the variance of the faces' pixels: with squared errors divided by it, β is β · 0.055 of ours
-    train 6-latents-beta-0.1 --latents 6 --beta 0.0055 --steps 10000 "$@"
-    train 6-latents-beta-1 --latents 6 --beta 0.055 --steps 10000 "$@"
-    train 6-latents-beta-2 --latents 6 --beta 0.11 --steps 10000 "$@"
-    train 6-latents-beta-10 --latents 6 --beta 0.55 --steps 10000 "$@"
+latents6)       # 0.0544 is the variance of the faces' pixels: with squared errors divided by it, β is β · 0.0544 of ours
+    train 6-latents-beta-0.1 --latents 6 --beta 0.00544 --steps 10000 "$@"
+    train 6-latents-beta-1 --latents 6 --beta 0.0544 --steps 10000 "$@"
+    train 6-latents-beta-2 --latents 6 --beta 0.1088 --steps 10000 "$@"
+    train 6-latents-beta-10 --latents 6 --beta 0.544 --steps 10000 "$@"
     picture << 'EOF'
 import json, sys, betavae
 from pathlib import Path
 runs = [Path(run) for run in sys.argv[1:]]
 s = [json.loads((run / 'summary.json').read_text()) for run in runs]
-beta = [r['beta'] / 0.055 for r in s]
+beta = [r['beta'] / 0.0544 for r in s]
 data = json.loads((runs[0] / 'settings.json').read_text())['data']
 what = f"6 latents, {Path(data).stem}, {s[0]['steps']:,} steps"
 betavae.save_picture(runs[0].parent / '6-latents.png', betavae.chart([
