@@ -105,6 +105,33 @@ def test_schedules():
         assert betavae.beta_at(t, 7) == 7
 
 
+def test_a_dead_encoder_learns_again_only_if_its_relus_leak():
+    for leak, alive in ((0, False), (0.2, True)):
+        model, x = betavae.BetaVAE(1, 2, leak), torch.rand(4, 1, 64, 64)
+        assert model(x)[1].std(0).min() > 0
+        torch.nn.init.constant_(model.encoder[6].bias, -100)                    # all of a layer below zero
+        mu = model(x)[1]
+        mu.square().sum().backward()
+        assert all((g.grad.abs().max() > 0) == alive for g in model.encoder[0].parameters())
+        assert bool((mu == mu[0]).all()) != alive
+
+
+def test_a_run_whose_relus_are_dead_says_so(capsys):
+    train('--run', 'a', *SMALL, '--beta', '1000', steps=3)
+    state = torch.load('a/checkpoint.pt', weights_only=True)
+    state['model']['encoder.6.bias'].fill_(-100)
+    state['model']['posterior.bias'].zero_()
+    torch.save(state, 'a/checkpoint.pt')
+    capsys.readouterr()
+    train('--run', 'a', *SMALL, '--beta', '1000', steps=4)
+    assert '--leak 0.2' in capsys.readouterr().out
+
+
+def test_the_slope_of_the_relus_is_kept():
+    train('--run', 'a', *SMALL, '--leak', '0.2', steps=2)
+    assert betavae.load('a').leak == 0.2 and betavae.load('a').encoder[1].negative_slope == 0.2
+
+
 def test_shapes_and_layers():
     model = betavae.BetaVAE(3, 6)
     x = torch.rand(2, 3, 64, 64)
