@@ -2,7 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.25", "torch>=2.6", "pillow>=10.1"]
 # ///
-"""β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β, in one file to read beside the paper.
+"""β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β, in one file to read beside the paper. The model,
+the objective and the training loop come first; below `evaluate` there are files, pictures and the command line.
 
     python betavae.py --beta 100 --anneal 40000         train; pictures, a log and checkpoints land in runs/
     python betavae.py compare runs/A runs/B             one sheet and one table of several runs
