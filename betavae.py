@@ -992,8 +992,9 @@ def main(argv=None):
         settle(args, parser)
         C, H, W = args.dataset.shape
         parameters = sum(p.numel() for p in BetaVAE(C, args.latents).parameters())
-        print(f"{args.device} {args.precision} | {args.dataset.name}, {len(args.dataset):,} images {C} × {H} × {W} | "
-              f"{parameters:,} parameters | " + ' '.join(f'{k} {getattr(args, k)}' for k in OPTIONS[2:-2]) + f' | {args.run}')
+        asked = ' '.join(f'{k} {v}' for k in OPTIONS[2:-2] if (v := getattr(args, k)) is not None and v is not False)
+        print(f'{args.device} {args.precision} | {args.dataset.name}, {len(args.dataset):,} images {C} × {H} × {W} | '
+              f'{parameters:,} parameters | {asked} | {args.run}')
         train(args)
     except KeyboardInterrupt:
         fail('interrupted', code=130)
