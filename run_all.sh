@@ -80,8 +80,8 @@ for run in map(Path, sys.argv[1:]):
     z = torch.stack([betavae.traverse(z, rows, torch.linspace(-3, 3, 8)) for z in mu], 1)                   # (rows, 5, 8, J)
     labels = [f"{s['latent_names'][j]}, {s['kl_per_latent'][j]:.2f} nats" if n == 0 else '' for j in rows for n in range(5)]
     betavae.save_picture(run / 'five_codes.png', betavae.sheet(
-        betavae.means_of(model, z).flatten(0, 1), labels, f"{run.name}, {s['steps']:,} steps: {len(rows)} of its latents "
-        f"({s['active_latents']} are active), each from -3 to 3 and from five codes", scale=1))
+        betavae.means_of(model, z).flatten(0, 1), labels, f"{run.name}, {s['steps']:,} steps: its top latents "
+        f"(active: {s['active_latents']}), each from -3 to 3 and from five codes", scale=1))
 EOF
     ;;
 latents6)       # 0.0544 is the variance of the faces' pixels: with squared errors divided by it, β is β · 0.0544 of ours
