@@ -745,7 +745,7 @@ def score(argv):
     parser.add_argument('--train', type=number(int, 10, 10 ** 6), default=10000, help='training points (default %(default)s)')
     parser.add_argument('--baselines', type=number(int, 0, 100), default=0, metavar='SEEDS',
                         help='also ground truth, raw pixels, PCA, ICA and an untrained network, over so many seeds (dsprites)')
-    parser.add_argument('--out', type=Path, help='for metric.json, .md and .png (default: where the first run is)')
+    parser.add_argument('--out', type=Path, help='for metric.md, metric.png and baselines.json (default: where the first run is)')
     args = parser.parse_args(argv)
     if not args.runs and not args.baselines:
         fail('give runs, or --baselines 3')
