@@ -698,7 +698,8 @@ def compare(argv):
         top = summary['top_latent']
         linear = s['likelihood'] == 'gaussian' and not s['tc'] and s['capacity'] is None
         predicted = min(s['latents'], int((variances(data) > summary['beta'] / 2).sum())) if linear else ''
-        table.append([run.name, moving, f"{summary['steps']:,}", f"{summary['reconstruction']:.2f}", f"{abs(summary['kl']):.2f}",
+        kl = max(0, summary['kl'])                                              # collapsed, it may round to −1e-9
+        table.append([run.name, moving, f"{summary['steps']:,}", f"{summary['reconstruction']:.2f}", f'{kl:.2f}',
                       f"{summary['active_latents']} of {s['latents']}", str(predicted), 'yes' if summary['collapsed'] else 'no',
                       f"{summary['latent_names'][top]}, {summary['kl_per_latent'][top]:.2f} nats"])
     if len({p.shape for p in pictures}) > 1:

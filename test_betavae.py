@@ -483,7 +483,7 @@ def test_checkpoints_and_pictures_do_not_disturb_training(monkeypatch):
 def test_collapse_is_said_in_words_and_a_schedule_that_will_not_arrive(capsys):
     train('--run', 'a', '--beta', 10000, *SMALL, steps=20)
     out = capsys.readouterr()
-    assert 'The posterior has collapsed' in out.out
+    assert 'The posterior has collapsed' in out.out and 'Try a smaller --beta' in out.out       # alive: no --leak
     train('--run', 'b', '--beta', 10, '--anneal', 50, *SMALL, steps=3)
     assert 'β will not arrive' in capsys.readouterr().err
 
