@@ -68,11 +68,11 @@ class Up(nn.ConvTranspose2d):
 class BetaVAE(nn.Module):
     """The convolutional network of Higgins et al. 2017 (appendix A.1) for images of 64 × 64 pixels.
 
-    `leak` is the slope of its ReLUs below zero: 0 in the paper, 0.2 in the code of the eight runs. Once long pressure on the
-    codes has made all units of a layer negative, plain ReLUs pass no gradient ever again.
+    `leak` is the slope of its ReLUs below zero: 0 in the paper, 0.2 in the code of the eight runs (yukunchen113/Beta-VAE),
+    and here. Once long pressure on the codes has made all units of a layer negative, plain ReLUs never pass a gradient again.
     """
 
-    def __init__(self, channels, latents, leak=0.0):
+    def __init__(self, channels, latents, leak=0.2):
         super().__init__()
 
         def down(channels_in, channels_out):
@@ -284,7 +284,7 @@ def train(args):
     if summary['collapsed']:
         mu = codes_of(model, held_out, args.precision)[0]                               # (≤ 1000, J)
         print(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, so that every image is reconstructed "
-              'as the mean. ' + ('No image moves μ any more, its ReLUs are dead: begin anew with --leak 0.2.'
+              'as the mean. ' + ('No image moves μ any more, its ReLUs are dead: begin anew without --leak 0.'
                                  if (mu == mu[0]).all() else 'Try a smaller --beta, or let it climb (--anneal).'))
 
 
@@ -893,7 +893,8 @@ def training_parser():
     g.add_argument('--crop', type=some, help='side of the centred square to cut out; CelebA: 128 (default: the largest)')
     g = parser.add_argument_group('model')
     g.add_argument('--latents', type=number(int, 1, 512), help='J (default 10 for dsprites, 32 else)')
-    g.add_argument('--leak', type=number(float, 0, 1), default=0.0, help='slope of the ReLUs below zero (default %(default)g)')
+    g.add_argument('--leak', type=number(float, 0, 1), default=0.2,
+                   help='slope of the ReLUs below zero (default %(default)g; the paper: 0)')
     g = parser.add_argument_group('objective')
     g.add_argument('--beta', type=real, default=1.0, help='β, the weight of the KL term (default %(default)g)')
     g.add_argument('--beta-from', type=real, help='β at step 0 with --anneal (default 0)')

@@ -61,8 +61,7 @@ eight)
     train 10000-Beta-VAE --beta 10000 "$@"
     train KLD_Anneal_40000_steps-10-Beta-VAE --beta 10 --anneal 40000 "$@"
     train KLD_Decrease_40000_steps-100to1-Beta-VAE --beta-from 100 --beta 1 --anneal 40000 "$@"
-    # Leaky, as all eight were in the documents' code: with plain ReLUs it is dead at its end (README)
-    train KLD_Decrease_100000_steps-10000to1-Beta-VAE --leak 0.2 --beta-from 10000 --beta 1 --anneal 100000 --steps 125000 "$@"
+    train KLD_Decrease_100000_steps-10000to1-Beta-VAE --beta-from 10000 --beta 1 --anneal 100000 --steps 125000 "$@"
     after compare
     ;;
 beta250)

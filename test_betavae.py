@@ -117,19 +117,19 @@ def test_a_dead_encoder_learns_again_only_if_its_relus_leak():
 
 
 def test_a_run_whose_relus_are_dead_says_so(capsys):
-    train('--run', 'a', *SMALL, '--beta', '1000', steps=3)
+    train('--run', 'a', *SMALL, '--leak', 0, '--beta', '1000', steps=3)
     state = torch.load('a/checkpoint.pt', weights_only=True)
     state['model']['encoder.6.bias'].fill_(-100)
     state['model']['posterior.bias'].zero_()
     torch.save(state, 'a/checkpoint.pt')
     capsys.readouterr()
-    train('--run', 'a', *SMALL, '--beta', '1000', steps=4)
-    assert '--leak 0.2' in capsys.readouterr().out
+    train('--run', 'a', *SMALL, '--leak', 0, '--beta', '1000', steps=4)
+    assert '--leak 0.' in capsys.readouterr().out
 
 
 def test_the_slope_of_the_relus_is_kept():
-    train('--run', 'a', *SMALL, '--leak', '0.2', steps=2)
-    assert betavae.load('a').leak == 0.2 and betavae.load('a').encoder[1].negative_slope == 0.2
+    train('--run', 'a', *SMALL, '--leak', '0.1', steps=2)
+    assert betavae.load('a').leak == 0.1 and betavae.load('a').encoder[1].negative_slope == 0.1
 
 
 def test_shapes_and_layers():
