@@ -88,9 +88,8 @@ class BetaVAE(nn.Module):
         self.posterior = nn.Linear(256, 2 * latents)                              # linear: μ and log σ² take any sign
         self.decoder = nn.Sequential(                                             # (B, J)
             nn.Linear(latents, 256), relu(), nn.Linear(256, 1024), relu(), nn.Unflatten(1, (64, 4, 4)),
-            Up(64, 64), relu(), Up(64, 32), relu(), Up(32, 32), relu(),                  # (B, 32, 32, 32)
-            nn.ConvTranspose2d(32, channels, kernel_size=4, stride=2, padding=1, bias=False))       # (B, C, 64, 64)
-        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))                     # of the last layer
+            Up(64, 64), relu(), Up(64, 32), relu(),                               # (B, 32, 16, 16)
+            Up(32, 32), relu(), Up(32, channels))                                 # (B, C, 64, 64)
 
     def encode(self, x):
         """Images (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), each (B, J), in float32."""
@@ -100,7 +99,7 @@ class BetaVAE(nn.Module):
 
     def decode(self, z):
         """Codes (B, J) → logits (B, C, 64, 64) in float32: the means of p(x|z) are their sigmoid."""
-        return self.decoder(z).to(torch.float32, memory_format=torch.contiguous_format) + self.bias
+        return self.decoder(z).to(torch.float32, memory_format=torch.contiguous_format)
 
     def forward(self, x, noise=None):
         """Images → logits (B, C, 64, 64), μ, log σ² (B, J). The noise behind z is standard normal, (B, J)."""
@@ -388,7 +387,7 @@ def read_checkpoint(run):
         raise datasets.Unusable(f'there is no {path}: is {run} the folder of a run?')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)         # executes nothing that it finds there
-        model = BetaVAE(len(state['model']['bias']), state['model']['decoder.0.weight'].shape[1], state['leak'])
+        model = BetaVAE(len(state['model']['decoder.11.bias']), state['model']['decoder.0.weight'].shape[1], state['leak'])
         model.load_state_dict(state['model'])
         if state['recent'].shape != (ROW, 2 + model.latents) or not {'step', 'seconds', 'frames', 'log', 'optimiser'} <= set(state):
             raise ValueError
