@@ -1,17 +1,27 @@
-"""Data sets for the β-VAE: images of 64 × 64 pixels, with their generative factors where these are known.
+"""Data sets for the β-VAE, and the drawing of arrays. This module knows no model.
 
-    data = load('dsprites')                     # or 'faces', a folder of images, a .zip of them, the official dSprites .npz
-    data.factor_names, data.factor_sizes        # v₁ … v_K and how many values each takes; both () where unknown
-    data.images([0, 1, 2])                      # (3, C, 64, 64) uint8, by flat index in C order over the factors
+    data = load('dsprites')             # or 'faces', a folder or .zip of images, the dSprites .npz
+    data.factors                        # {name: number of values}; {} for your own images
+    data.images([0, 1, 2])              # uint8 (3, C, 64, 64), by flat index in C order
+    own = Dataset('own', (1, 64, 64), {'a': 20, 'b': 20}, draw)     # draw: indices → images
 
-Nothing is downloaded: dSprites (Matthey et al. 2017) and the faces are drawn by formula. This module knows no model.
+Nothing is downloaded: dSprites (Matthey et al. 2017) and the faces are drawn by formula.
 """
+import collections
+import contextlib
+import functools
 import hashlib
 import io
+import itertools
+import json
+import math
+import operator
 import os
 import shutil
 import sys
+import textwrap
 import time
+import unicodedata
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -19,108 +29,134 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-ALL_ON = np.uint64(2 ** 64 - 1)
-HOLD = 19       # every 19th image is held out: prime to every factor's size, so both parts hold every value of every factor
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
+HELD_OUT_EVERY = 19     # coprime to the sizes of all factors: both parts hold each value of each
 
 
-class Unusable(ValueError):
-    """A file or folder that cannot be used. Its message is one line: what, where, what to do."""
+class UserError(ValueError):
+    """What the user can mend. Its message is one line: what, where, what to do."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
+
+
+def one_line(text):
+    """Text with single blanks in place of line ends and of whatever else cannot be printed."""
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
 
 
 class Dataset:
-    """N images with K known factors (K = 0 for photographs).
+    """N images with K known factors of variation (K = 0 for photographs).
 
-    `draw` maps a tensor of flat indices (n,) to images, uint8 (n, C, 64, 64), on the same device.
+    shape       (C, 64, 64) with C = 1 or 3
+    factors     {name: number of values}; images are in C order over them: the last changes fastest
+    draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64), on one device
+    size        N, where no factors are known
     """
 
-    def __init__(self, name, shape, factors, draw, size=None, version='1'):
-        self.name, self.shape, self.draw, self.version = name, shape, draw, version
-        self.factor_names, self.factor_sizes = tuple(factors), tuple(factors.values())
-        self.size = size or int(np.prod(self.factor_sizes, dtype=np.int64))
+    def __init__(self, name, shape, factors, draw, size=None):
+        self.name = name
+        self.shape = tuple(shape)
+        self.factors = {factor: operator.index(n) for factor, n in factors.items()}
+        self.factor_names = tuple(self.factors)
+        self.factor_sizes = tuple(self.factors.values())
+        self.draw = draw
+        self.source = None                  # where `load` found it, and
+        self.crop = None                    # how it was cropped
+        product = math.prod(self.factor_sizes) if factors else size
+        self.size = operator.index(product if size is None else size)
+        if self.shape not in ((1, 64, 64), (3, 64, 64)):
+            raise ValueError(f'shape must be (1, 64, 64) or (3, 64, 64), not {self.shape}')
+        if min(self.size, *self.factor_sizes, 1) < 1 or self.size != product:
+            raise ValueError(f'factors {self.factors} do not make {self.size} images')
 
     def __len__(self):
         return self.size
 
     def images(self, index):
-        """Flat indices (n,) → uint8 (n, C, 64, 64), 0 to 255: a tensor gives a tensor on its device, all else an array.
+        """Images by flat index, integers (n,): uint8 (n, C, 64, 64), values 0 to 255.
 
-        Raises IndexError for an array with an index outside 0 … N − 1.
+        A tensor gives a tensor on its device, all else an array. Raises TypeError for anything but
+        integers (n,) and, where looking stalls no GPU, IndexError outside 0 … N − 1.
         """
-        if torch.is_tensor(index):
-            return torch.cat([self.draw(part) for part in index.split(256)]) if len(index) > 256 else self.draw(index)
-        index = np.asarray(index, dtype=np.int64)
-        if index.size and not (0 <= index.min() and index.max() < len(self)):
-            raise IndexError(f'{self.name} has images 0 to {len(self) - 1}, not {index.min()} to {index.max()}')
-        return self.images(torch.from_numpy(index)).numpy()
+        given = index if torch.is_tensor(index) else np.asarray(index)
+        if given.ndim != 1 or len(given) and 'int' not in str(given.dtype):
+            raise TypeError(f'indices are integers (n,), not {given.dtype} {tuple(given.shape)}')
+        if not torch.is_tensor(given):
+            return self.images(torch.from_numpy(given.astype(np.int64))).numpy()
+        index = given.long()
+        if index.device.type == 'cpu' and len(index):
+            low, high = map(int, index.aminmax())
+            if low < 0 or high >= self.size:
+                raise IndexError(f'there are images 0 to {self.size - 1}, not {low} to {high}')
+        parts = [self.draw(part) for part in index.split(256)]              # 256 fit the caches
+        found, shape = parts[0], (min(len(index), 256), *self.shape)
+        if not torch.is_tensor(found) or (found.dtype, found.shape) != (torch.uint8, shape):
+            raise TypeError(f'draw must return a uint8 tensor of shape {shape}')
+        return torch.cat(parts) if len(parts) > 1 else found
 
     def train_index(self, i):
         """The i-th index of the training part, i in 0 … train_size − 1 (array or tensor)."""
-        return i + i // (HOLD - 1) + 1
+        return i + i // (HELD_OUT_EVERY - 1) + 1
 
     @property
     def train_size(self):
-        return len(self) - (len(self) + HOLD - 1) // HOLD
+        return self.size - (self.size + HELD_OUT_EVERY - 1) // HELD_OUT_EVERY
 
     def held_out(self, n):
-        """At most n indices of the held-out part, drawn at random, the same in every run: int64 (≤ n,)."""
-        size = len(self) - self.train_size
-        return np.random.default_rng(0).choice(size, min(n, size), replace=False) * HOLD
+        """At most n indices of the held-out part, int64: a random draw, the same in every run."""
+        size = self.size - self.train_size
+        return np.random.default_rng(0).choice(size, min(n, size), replace=False) * HELD_OUT_EVERY
+
+    def identity(self):
+        """What tells this data from other data, as JSON: sizes, and a hash of the factors in order
+        and of 16 images' mean colours: other processors round single pixels differently."""
+        images = self.images([k * (self.size - 1) // 15 for k in range(16)])
+        colours = images.mean((2, 3)).round().astype(int).tolist()
+        content = repr((list(self.factors.items()), colours)).encode()
+        return dict(name=self.name, size=self.size, shape=list(self.shape), factors=self.factors,
+                    sha256=hashlib.sha256(content).hexdigest())
 
 
 def load(source, crop=None):
-    """The data set called `source`: 'faces', 'dsprites', the path of a folder or .zip of images, or of the dSprites .npz.
+    """A data set by name or path: 'faces', 'dsprites', a folder or .zip of images, dSprites' .npz.
 
-    crop: side of the centred square cut from people's own images before they are resized (CelebA: 128); the largest
-    if None. Raises Unusable for whatever cannot be loaded.
+    crop: side in pixels of the centred square cut from your own images before they are resized
+    (CelebA: 128); None for the largest. Raises UserError for whatever cannot be loaded.
     """
-    path, drawn = Path(source), source in ('faces', 'dsprites')
-    if crop is not None and (drawn or path.suffix == '.npz'):
-        raise Unusable(f'--crop is for your own images; {source} is 64 × 64 already')
-    if drawn:
-        return faces() if source == 'faces' else dsprites()
-    if not path.exists():
-        raise Unusable(f'no data at {source}: give faces, dsprites, or the path of a folder, .zip or dSprites .npz')
-    if path.suffix == '.npz':
-        return dsprites(path)
-    if not path.is_dir() and not zipfile.is_zipfile(path):
-        raise Unusable(f'{source} is neither a folder nor a whole .zip of images')
-    return photographs(path, crop)
+    dataset = find(source, crop)
+    dataset.source = source if source in ('faces', 'dsprites') else os.path.abspath(source)
+    dataset.crop = crop
+    return dataset
 
 
-def on_device(*arrays):
-    """A function device → the arrays as tensors there, copied once."""
-    copies = {torch.device('cpu'): [torch.from_numpy(a) for a in arrays]}
-
-    def tensors(device):
-        if device not in copies:
-            copies[device] = [t.to(device) for t in copies[torch.device('cpu')]]
-        return copies[device]
-    return tensors
-
-
-def unravel(index, sizes):
-    """Flat indices (n,) → one tensor (n,) of values per factor: the inverse of C order."""
-    values = []
-    for size in reversed(sizes):
-        values.append(index % size)
-        index = index // size
-    return values[::-1]
+def find(source, crop):
+    drawn = {'faces': faces, 'dsprites': dsprites}
+    official = str(source).endswith('.npz') and os.path.isfile(source)
+    if crop is not None and (source in drawn or official):
+        raise UserError(f'--crop is for your own images; {source} is 64 × 64 already')
+    if source in drawn or official:
+        return drawn[source]() if source in drawn else dsprites(source)
+    if os.path.isdir(source) or os.path.isfile(source) and zipfile.is_zipfile(source):
+        return photographs(Path(source).resolve(), crop)
+    wrong = 'is not a complete .zip of images' if os.path.exists(source) else 'does not exist'
+    raise UserError(f'"{source}" {wrong}: give faces, dsprites, a folder, .zip or dSprites .npz')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# dSprites: three shapes × 6 scales × 40 orientations × 32 × 32 positions, black and white
-# ---------------------------------------------------------------------------------------------------------------------
+# dSprites: three shapes × 6 scales × 40 orientations × 32 × 32 positions, black and white ---------
 
 DSPRITES = {'shape': 3, 'scale': 6, 'orientation': 40, 'x position': 32, 'y position': 32}
 
 
 def outlines():
-    """The polygons of square, ellipse and heart at scale 1, in pixels around the sprite's centre: three of (V, 2), y down.
-
-    The constants are measured on genuine frames: the ranges that leave no wrong pixel are about 0.003 pixel wide.
-    """
+    """Square, ellipse and heart at scale 1: polygons (V, 2), in pixels around the centre, y down.
+    Fitted to genuine frames: each constant has a range of about 0.003 with no pixel wrong."""
     t = 2 * np.pi * np.arange(180)[:, None] / 180
     square = 9.598 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     ellipse = np.hstack([12.7668 * np.cos(t), 7.2142 * np.sin(t)])
@@ -130,132 +166,127 @@ def outlines():
 
 
 def draw_dsprites():
-    """All 737,280 images, a bit a pixel: (737280, 512) bytes, the lowest bit of each its leftmost pixel.
+    """All 737,280 images at one bit a pixel: bytes (737280, 512), the lowest bit leftmost.
 
-    A pixel is on where its centre lies inside the polygon (even-odd rule). A row of 64 pixels is one 64-bit word, in which
-    every edge that crosses the row flips all pixels to its right.
+    A pixel is on where its centre lies inside the polygon (even-odd rule). A row of 64 pixels is
+    one 64-bit word, in which every edge that crosses the row flips all pixels to its right.
     """
     position = 16 + 32 * np.linspace(0, 1, 32)
-    rows = np.floor(position)[:, None] + np.arange(-14, 15)                       # (32, 29): the rows a sprite can reach
-    y_at, row_at = np.repeat(np.arange(32), 29), rows.astype(int).ravel()
-    dy = (rows + 0.5 - position[:, None]).ravel()                                 # (32 · 29,) from the sprite's centre
+    rows = np.floor(position)[:, None] + np.arange(-14, 15)         # (32, 29): those in reach
+    row_at = rows.astype(int).ravel()                               # (32 · 29,)
+    y_at = np.repeat(np.arange(32), 29)
+    dy = (rows + 0.5 - position[:, None]).ravel()                   # from the sprite's centre
     table = np.zeros((3, 6, 40, 32, 32, 64), '<u8')
     for shape, outline in enumerate(outlines()):
         for scale, size in enumerate(np.linspace(0.5, 1, 6)):
             for orientation, angle in enumerate(np.linspace(0, 2 * np.pi, 40)):
                 c, s = np.cos(angle), np.sin(angle)
-                x, y = (size * outline @ np.array([[c, s], [-s, c]])).T           # (V,) clockwise on the screen
+                x, y = (size * outline @ np.array([[c, s], [-s, c]])).T             # (V,) clockwise
                 x_next, y_next = np.roll(x, -1), np.roll(y, -1)
                 row, edge = np.nonzero((y > dy[:, None]) != (y_next > dy[:, None]))
                 slope = (x_next - x)[edge] / (y_next - y)[edge]
-                crossing = x[edge] + (dy[row] - y[edge]) * slope                  # from the sprite's centre
-                pixel = np.ceil(position[:, None] + crossing - 0.5).astype(np.uint64)     # (32, crossings)
+                crossing = x[edge] + (dy[row] - y[edge]) * slope
+                pixel = np.ceil(position[:, None] + crossing - 0.5).astype(np.uint64)
                 row, first = np.unique(row, return_index=True)
-                word = np.bitwise_xor.reduceat(ALL_ON << pixel, first, axis=1)    # (32, rows)
+                word = np.bitwise_xor.reduceat(~np.uint64(0) << pixel, first, axis=1)
                 table[shape, scale, orientation][:, y_at[row], row_at[row]] = word
     return table.reshape(-1, 64).view(np.uint8)
 
 
 def dsprites(path=None):
-    """dSprites drawn by formula, or (path) the official file, through the same interface: (1, 64, 64), values 0 and 255."""
-    table = draw_dsprites() if path is None else read_dsprites(path)
-    table = on_device(table)                                                      # (737280, 512)
+    """dSprites drawn by formula, or (path) read from the official file: (1, 64, 64), 0 and 255."""
+    table = torch.from_numpy(draw_dsprites() if path is None else read_dsprites(path))
+    on_device = functools.cache(table.to)
 
     def draw(index):
-        bits, = table(index.device)
-        bits = bits[index][:, :, None] >> torch.arange(8, dtype=torch.uint8, device=index.device) & 1     # (n, 512, 8)
-        return (bits * 255).view(-1, 1, 64, 64)
-    return Dataset('dsprites', (1, 64, 64), DSPRITES, draw, version='drawn 1' if path is None else 'official')
+        bits = on_device(index.device)                              # (737280, 512)
+        bit = torch.arange(8, dtype=torch.uint8, device=index.device)
+        return ((bits[index][:, :, None] >> bit & 1) * 255).view(-1, 1, 64, 64)
+    return Dataset('dsprites', (1, 64, 64), DSPRITES, draw)
 
 
 def read_dsprites(path):
-    """The official dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz → the table of draw_dsprites, streamed: never 3 GB."""
-    n = int(np.prod(list(DSPRITES.values())))
+    """The official dsprites_ndarray_….npz, 3 GB if unpacked → the table of draw_dsprites."""
+    n = math.prod(DSPRITES.values())
     table = np.empty((n, 512), np.uint8)
     try:
         with zipfile.ZipFile(path) as archive, archive.open('imgs.npy') as file:
             np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if (shape, dtype) != ((n, 64, 64), np.uint8):
-                raise ValueError(f'its images are {dtype} {shape}')
+            header = np.lib.format.read_array_header_1_0(file)
+            if header != ((n, 64, 64), False, np.uint8):            # False: in C order
+                raise ValueError(f'its images are {header}')
             for start in range(0, n, 4096):
                 images = np.frombuffer(file.read(4096 * 4096), np.uint8).reshape(-1, 4096)
                 table[start:start + 4096] = np.packbits(images, axis=1, bitorder='little')
     except Exception as error:          # zlib, zipfile and NumPy each have their own
-        raise Unusable(f'{path} is not the official dSprites file, or is damaged ({error})') from None
+        raise UserError(f'{path} is not dSprites, or cannot be read ({error})') from None
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# faces: a stand-in for CelebA, drawn from the factors one sees in its traversals
-# ---------------------------------------------------------------------------------------------------------------------
+# faces: a stand-in for CelebA, drawn from the factors that one sees in its traversals -------------
 
-FACES = {'background colour': 12, 'background shading': 8, 'skin tone': 8, 'hair colour': 10, 'hair length': 8,
-         'forehead': 6, 'jaw': 6, 'smile': 8, 'azimuth': 15, 'lighting angle': 8}
+FACES = {'background colour': 12, 'background shading': 8, 'skin tone': 8, 'hair colour': 10,
+         'hair length': 8, 'forehead': 6, 'jaw': 6, 'smile': 8, 'azimuth': 15, 'lighting angle': 8}
 
-# Colours run in a straight line between these ends (RGB); the spans set how much of the pixels' variance a factor has.
-BACKGROUND = (0.10, 0.18, 0.32), (0.88, 0.82, 0.68)
-SKIN = (0.36, 0.22, 0.15), (0.95, 0.78, 0.67)
-HAIR = (0.05, 0.04, 0.05), (0.90, 0.70, 0.40)
-CLOTHES, WHITE, DARK, LIPS = (0.30, 0.33, 0.38), (0.96, 0.95, 0.93), (0.13, 0.09, 0.09), (0.66, 0.25, 0.25)
+# The ends of the ranges of background, skin and hair, RGB: how far apart they are sets how much of
+# the pixels' variance a factor has.
+ENDS = (((0.10, 0.18, 0.32), (0.88, 0.82, 0.68)), ((0.36, 0.22, 0.15), (0.95, 0.78, 0.67)),
+        ((0.05, 0.04, 0.05), (0.90, 0.70, 0.40)))
+CLOTHES_WHITE_DARK_LIPS = ((0.30, 0.33, 0.38), (0.96, 0.95, 0.93), (0.13, 0.09, 0.09),
+                           (0.66, 0.25, 0.25))
 
 
 def cover(f):
-    """How much of each pixel lies where f < 0, in [0, 1]: the distance to the outline is f / |∇f|, to first order."""
+    """How much of each pixel lies where f < 0, in [0, 1]: its edge is about f / |∇f| away."""
     slope = np.hypot(*np.gradient(f, axis=(-2, -1)))
     return np.clip(0.5 - f / np.maximum(slope, 1e-6), 0, 1).astype(np.float32)
 
 
 def face_masks():
-    """What covers each pixel, tabulated for the factors that give shape: a dictionary of float32 (rows, 4096).
-
-    A row is a pair (azimuth, second factor): until the last line everything broadcasts to (azimuths, values of the second,
-    64, 64). `clothes`, `ramp` and `roundness` have one row.
-    """
-    x, y = np.meshgrid((np.arange(64) - 31.5) / 1.2, (np.arange(64) - 33.5) / 1.2)    # from the middle, y down
-
-    def values(name, low, high):
-        return np.linspace(low, high, FACES[name]).reshape(-1, 1, 1)
+    """What covers each pixel, tabulated for the factors of shape: {name: float32 (rows, 4096)}, by
+    pairs (azimuth, second factor); `clothes`, `ramp` and `roundness` have one row. Until the last
+    line all broadcasts to (azimuths, values of the second, 64, 64)."""
+    x, y = np.meshgrid((np.arange(64) - 31.5) / 1.2, (np.arange(64) - 33.5) / 1.2)      # y down
     turn = np.radians(np.linspace(-36, 36, FACES['azimuth'])).reshape(-1, 1, 1, 1)
-    at = 3 * np.sin(turn)                                                         # the head moves a little as it turns
+    at = 3 * np.sin(turn)                                   # the head moves a little as it turns
+    ranges = {'jaw': (0, 1), 'hair length': (-6, 27), 'forehead': (-4.5, -16.5),
+              'smile': (-0.5, 1.1)}
+    jaw, length, hairline, smile = (np.linspace(*ends, FACES[name]).reshape(-1, 1, 1)
+                                    for name, ends in ranges.items())
 
     def seen(longitude):
-        """Where a point of the face's cylinder is seen, and how much its width is foreshortened."""
+        """Where a point of the face's cylinder is seen, and how much narrower."""
         angle = np.radians(longitude) + turn
         return at + 13 * np.sin(angle), np.maximum(np.cos(angle), 0.15)
 
     def blob(centre, cy, rx, ry):
         return cover(((x - centre) / rx) ** 2 + ((y - cy) / ry) ** 2 - 1)
 
-    # The head: an ellipse above, below it an outline that is more angular the stronger the jaw.
-    jaw = values('jaw', 0, 1)
+    # The head: above an ellipse, below an outline that is more angular the stronger the jaw.
     below = np.maximum(y, 0) / (19 + 2 * jaw)
-    width = 13.5 + jaw * 0.8
-    head = cover(np.abs((x - at) / width) ** (2 + jaw) + below ** (1.5 + 3.5 * jaw) + (np.minimum(y, 0) / 19) ** 2 - 1)
+    head = cover(np.abs((x - at) / (13.5 + jaw * 0.8)) ** (2 + jaw) + below ** (1.5 + 3.5 * jaw)
+                 + (np.minimum(y, 0) / 19) ** 2 - 1)
     neck = cover(np.maximum(np.abs(x - at / 3) - 6 - jaw, 8 - y))
     clothes = cover((x / 25) ** 2 + ((y - 38) / 14) ** 2 - 1)
-    round_x = np.clip((x - at) / 15, -1, 1)                                       # the surface normal, roughly
+    round_x = np.clip((x - at) / 15, -1, 1)                 # the surface normal, roughly
     body = 1 - (1 - head) * (1 - neck) * (1 - clothes)
     skin = head * (1.02 - 0.3 * round_x ** 2) + (1 - head) * neck * (1 - clothes) * 0.72
-    nose, _ = seen(0)
-    nose = nose + 3 * np.sin(turn)                                                # it stands out of the cylinder
-    skin = skin * (1 - 0.22 * blob(nose, 6.5, 3, 1.6)) + 0.10 * head * blob(nose - np.sin(turn), 2, 1.3, 5)
+    nose = seen(0)[0] + 3 * np.sin(turn)                    # it stands out of the cylinder
+    skin = (skin * (1 - 0.22 * blob(nose, 6.5, 3, 1.6))
+            + 0.10 * head * blob(nose - np.sin(turn), 2, 1.3, 5))
 
     # Hair: a cap and two curtains behind the head, and a fringe over the forehead.
-    length = values('hair length', -6, 27)
-    back, half = -at, 16.5 + 0.05 * (length + 6)
-    cap = ((x - back) / half) ** 2 + ((y + 4) / 19.5) ** 2 - 1
-    curtain = np.maximum(np.abs(x - back) - half + np.maximum(y - length + 5, 0) ** 2 / 9, np.maximum(-4 - y, y - length))
+    half = 16.5 + 0.05 * (length + 6)
+    cap = ((x + at) / half) ** 2 + ((y + 4) / 19.5) ** 2 - 1
+    curtain = np.maximum(np.abs(x + at) - half + np.maximum(y - length + 5, 0) ** 2 / 9,
+                         np.maximum(-4 - y, y - length))
     behind = np.maximum(cover(np.maximum(cap, y - np.maximum(length, -6))), cover(curtain))
-    hairline = values('forehead', -4.5, -16.5)
     parting = at + 13 * np.sin(turn) * 0.6
-    fringe = np.maximum(((x - at * 0.7) / 15.5) ** 2 + ((y + 1.5) / 20.5) ** 2 - 1,
-                        (y - hairline - 0.045 * (x - parting) ** 2) / 20)
+    fringe = cover(np.maximum(((x - at * 0.7) / 15.5) ** 2 + ((y + 1.5) / 20.5) ** 2 - 1,
+                              (y - hairline - 0.045 * (x - parting) ** 2) / 20))
 
     # Features, pasted in this order: eyes, brows, nostrils, mouth.
-    smile = values('smile', -0.5, 1.1)
-    white = np.zeros((1, 1, 1, 1), np.float32)
-    dark = white
+    white = dark = np.zeros((1, 1, 1, 1), np.float32)
     for side in (-1, 1):
         centre, narrow = seen(27 * side)
         eye = blob(centre, -0.5, 3.3 * narrow, 1.9)
@@ -263,132 +294,149 @@ def face_masks():
         iris = blob(centre + 1.2 * np.sin(turn), -0.4, 1.6 * narrow + 0.2, 1.7) * eye
         arch = -5.2 + 0.10 * ((x - centre) / narrow) ** 2
         brow = cover(np.maximum(np.abs(y - arch) - 0.8, np.abs(x - centre) - 3.8 * narrow))
-        dark = np.maximum(dark, np.maximum(iris, 0.75 * brow))
-        dark = np.maximum(dark, 0.5 * blob(nose + 1.6 * side * np.cos(turn), 7.2, 0.9, 0.7))
+        nostril = blob(nose + 1.6 * side * np.cos(turn), 7.2, 0.9, 0.7)
+        dark = np.maximum(np.maximum(dark, iris), np.maximum(0.75 * brow, 0.5 * nostril))
     centre, narrow = seen(0)
     across = (x - centre) / ((4.6 + 1.5 * smile) * narrow)
-    middle = 12.4 + 1.9 * smile * (0.5 - across ** 2)                             # corners up, or down
+    middle = 12.4 + 1.9 * smile * (0.5 - across ** 2)       # corners up, or down
     opening = np.maximum(1.7 * smile, 0) * (1 - across ** 2)
-    mouth = cover(np.maximum(np.abs(y - middle) - opening - 0.2 - 1.3 * (1 - across ** 2), (np.abs(across) - 1) * 5))
+    mouth = cover(np.maximum(np.abs(y - middle) - opening - 0.2 - 1.3 * (1 - across ** 2),
+                             (np.abs(across) - 1) * 5))
     teeth = cover(np.abs(y - middle) - opening + 0.3) * (np.abs(across) < 1) * mouth
-    lips = mouth * (1 - teeth)
-    white = np.maximum(white * (1 - dark), teeth)
-    masks = dict(clothes=clothes, ramp=-y / 27, roundness=np.clip(x / 17, -1, 1),
-                 body=body, skin=skin, side=head * round_x, behind=behind, fringe=cover(fringe), white=white,
-                 dark=dark * (1 - mouth), lips=lips)
-    return {name: np.ascontiguousarray(mask.reshape(-1, 4096), np.float32) for name, mask in masks.items()}
+    masks = dict(clothes=clothes, ramp=-y / 27, roundness=np.clip(x / 17, -1, 1), body=body,
+                 skin=skin, side=head * round_x, behind=behind, fringe=fringe,
+                 white=np.maximum(white * (1 - dark), teeth), dark=dark * (1 - mouth),
+                 lips=mouth * (1 - teeth))
+    return {k: np.ascontiguousarray(m.reshape(-1, 4096), np.float32) for k, m in masks.items()}
 
 
 def faces():
-    """Faces of ten factors, (3, 64, 64): a modest stand-in for CelebA, with ground truth.
-
-    Shape hangs on few factors and colour on the others, so an image is Σ over layers of coverage × colour.
-    """
+    """Faces of ten factors, (3, 64, 64): a modest stand-in for CelebA. Shape depends on few factors
+    and colour on the others: an image is Σ coverage × colour over layers."""
     masks = face_masks()
-    tables = on_device(*masks.values(), np.array([BACKGROUND, SKIN, HAIR], np.float32),
-                       np.array([CLOTHES, WHITE, DARK, LIPS], np.float32))
+    arrays = *masks.values(), np.float32(ENDS), np.float32(CLOTHES_WHITE_DARK_LIPS)
+    tables = functools.cache(lambda device: [torch.from_numpy(a).to(device) for a in arrays])
 
     def draw(index):
-        device, n = index.device, len(index)
-        *planes, ends, fixed = tables(device)                                     # ends (3, 2, 3), fixed (4, 3): RGB
+        n, device = len(index), index.device
+        *planes, ends, fixed = tables(device)                       # ends (3, 2, 3), fixed (4, 3)
         m = dict(zip(masks, planes))
-        v = dict(zip(FACES, unravel(index, FACES.values())))
-        level = {name: v[name].float()[:, None] / (size - 1) for name, size in FACES.items()}         # (n, 1) in [0, 1]
+        v = {}                                                      # the factors' values, (n,) each
+        for name, size in reversed(FACES.items()):
+            v[name] = index % size
+            index = index // size
+        level = {k: v[k].float()[:, None] / (size - 1) for k, size in FACES.items()}    # (n, 1)
 
         def row(name, factor):
-            return m[name][v['azimuth'] * FACES[factor] + v[factor]]              # (n, 4096)
-
-        def between(k, name):
-            return ends[k, 0] + level[name] * (ends[k, 1] - ends[k, 0])           # (n, 3)
-        angle = torch.sin((level['lighting angle'] - 0.5) * 2.4)                  # light from the left … from the right
+            return m[name][v['azimuth'] * FACES[factor] + v[factor]]                    # (n, 4096)
+        background, skin, hair = (                                  # (n, 3) each
+            first + level[name] * (last - first) for (first, last), name
+            in zip(ends, ('background colour', 'skin tone', 'hair colour')))
+        angle = torch.sin((level['lighting angle'] - 0.5) * 2.4)    # light from left … right
         shading = 0.56 * (level['background shading'] - 0.5)
-        background, skin, hair = (between(*c) for c in enumerate(('background colour', 'skin tone', 'hair colour')))
-        white, dark, lips = row('white', 'smile'), row('dark', 'smile'), row('lips', 'smile')
-        under = 1 - row('fringe', 'forehead')                                     # not hidden by the fringe
+        white, dark, lips = (row(name, 'smile') for name in ('white', 'dark', 'lips'))
+        under = 1 - row('fringe', 'forehead')                       # not hidden by the fringe
         bare = under * (1 - white - dark - lips)
-        open_ = under * (1 - row('body', 'jaw'))                                  # neither fringe nor body
+        open_ = under * (1 - row('body', 'jaw'))                    # neither fringe nor body
         behind = open_ * row('behind', 'hair length')
-        wall, locks = open_ - behind, 1 - under + behind
-        layers = ((wall, 1, background), (wall, m['ramp'], shading.expand(n, 3)),
-                  (locks, 1, hair), (locks, m['roundness'], 0.40 * angle * hair),
-                  (bare, row('skin', 'jaw'), skin), (bare, row('side', 'jaw'), 0.56 * angle * skin),
-                  (under, m['clothes'], fixed[0]), (under, white, fixed[1]), (under, dark, fixed[2]), (under, lips, fixed[3]))
-        coverage = torch.empty(n, len(layers), 4096, device=device)               # (n, layers, 4096)
-        for k, (mask, share, _) in enumerate(layers):
-            torch.mul(mask, share, out=coverage[:, k])
-        colours = torch.stack([colour.expand(n, 3) for *_, colour in layers], 1)  # (n, layers, 3)
-        x = torch.bmm(colours.transpose(1, 2), coverage).clamp_(0, 1).mul_(255).add_(0.5)             # (n, 3, 4096)
-        return x.to(torch.uint8).view(n, 3, 64, 64)
+        wall = open_ - behind
+        locks = 1 - under + behind
+        layers = (                                                  # coverage as a product, colour
+            (wall, 1, background), (wall, m['ramp'], shading.expand(n, 3)), (locks, 1, hair),
+            (locks, m['roundness'], 0.40 * angle * hair), (bare, row('skin', 'jaw'), skin),
+            (bare, row('side', 'jaw'), 0.56 * angle * skin), (under, m['clothes'], fixed[0]),
+            (under, white, fixed[1]), (under, dark, fixed[2]), (under, lips, fixed[3]))
+        coverage = torch.empty(n, len(layers), 4096, device=device)
+        for k, (a, b, _) in enumerate(layers):
+            torch.mul(a, b, out=coverage[:, k])
+        colours = torch.stack([colour.expand(n, 3) for *_, colour in layers], 2)    # (n, 3, layers)
+        x = torch.bmm(colours, coverage)                            # (n, 3, 4096)
+        return x.clamp_(0, 1).mul_(255).add_(0.5).to(torch.uint8).view(n, 3, 64, 64)
     return Dataset('faces', (3, 64, 64), FACES, draw)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# people's own images
-# ---------------------------------------------------------------------------------------------------------------------
+# Your own images ----------------------------------------------------------------------------------
+
+# The formats that are read, with their endings, and no others: some of Pillow's readers run
+# programs (EPS: Ghostscript), others open whatever a file contains (IPTC).
+FORMATS = {'BMP': '.bmp', 'GIF': '.gif', 'JPEG': '.jpg .jpeg', 'JPEG2000': '.jp2', 'PNG': '.png',
+           'PPM': '.pbm .pgm .ppm', 'TIFF': '.tif .tiff', 'WEBP': '.webp'}
+
 
 def photographs(path, crop):
-    """A folder (any depth) or .zip of images, each decoded once into `cache/`: (3, 64, 64), no known factors."""
+    """A folder (any depth) or .zip of images, (3, 64, 64), without factors. They are decoded once,
+    into the folder betavae/ of $XDG_CACHE_HOME (if not set: ~/.cache)."""
     names, read, key = open_folder(path) if path.is_dir() else open_zip(path)
     if not names:
-        raise Unusable(f'{path} holds no image that Pillow knows by its ending (.jpg, .png …)')
-    key = hashlib.sha256(repr((key, crop, 'cache 1')).encode()).hexdigest()[:16]
-    cache = Path('cache', f'{path.stem}-{key}.npy').absolute()
+        raise UserError(f'{path} holds no images ({" ".join(FORMATS.values())})')
+    name = path.name if path.is_dir() else path.stem
+    key = hashlib.sha256(repr((key, crop, 'cache 2')).encode()).hexdigest()[:16]
     try:
-        np.load(cache, mmap_mode='r')                     # refuses a file shorter than its header says
-    except (OSError, ValueError, EOFError):
-        decode_all(path, names, read, crop, cache)
-
-    on_gpu = {}
+        home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        cache = Path(home, 'betavae', f'{name[:40]}-{key}.npy').absolute()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        sweep(cache.parent)
+        try:
+            size = len(np.load(cache, mmap_mode='r'))       # fails on a file that was cut short
+        except (OSError, ValueError, EOFError):
+            size = decode_all(path, names, read, crop, cache)
+    except (OSError, RuntimeError) as error:                # RuntimeError: there is no home
+        raise UserError(f'no place for a cache ({error}): set XDG_CACHE_HOME to one') from None
+    on_gpu = functools.cache(lambda device: torch.from_numpy(np.load(cache)).to(device))
 
     def draw(index):
-        if index.device.type == 'cpu':    # mapped anew each time: the pages touched would add up to the whole file in memory
-            images = torch.from_numpy(np.load(cache, mmap_mode='r')[index.numpy()])         # (n, 64, 64, 3)
-        else:
-            if index.device not in on_gpu:                                                  # CelebA: 2.5 GB
-                on_gpu[index.device] = torch.from_numpy(np.load(cache)).to(index.device)
-            images = on_gpu[index.device][index]
+        try:
+            if index.device.type == 'cpu':      # mapped anew: pages once touched stay in memory
+                images = torch.from_numpy(np.load(cache, mmap_mode='r')[index.numpy()])
+            else:
+                images = on_gpu(index.device)[index]                    # (n, 64, 64, 3)
+        except (OSError, ValueError, EOFError, IndexError) as error:
+            raise UserError(f'{cache} was changed while in use ({error}): start again') from None
         return images.permute(0, 3, 1, 2)
-    return Dataset(path.stem, (3, 64, 64), {}, draw, size=len(np.load(cache, mmap_mode='r')), version=key)
-
-
-def formats():
-    """What Pillow reads, but for EPS, which is a program that reading would run, and what it only recognises."""
-    Image.init()
-    return [name for name in Image.OPEN if name not in ('EPS', 'MPEG', 'HDF5', 'GRIB', 'BUFR', 'WMF')]
+    return Dataset(name, (3, 64, 64), {}, draw, size)
 
 
 def is_image(name):
-    """Whether Pillow reads files of this ending, and no part of the path is hidden (macOS fills .zip files with such twins)."""
-    parts = Path(name).parts
-    return (Image.registered_extensions().get(Path(name).suffix.lower()) in formats()
-            and not any(part.startswith('.') or part == '__MACOSX' for part in parts))
+    """Whether a path has one of the endings and no hidden part: macOS hides twins of images."""
+    hidden = any(part.startswith('.') or part == '__MACOSX' for part in Path(name).parts)
+    return not hidden and Path(name).suffix.lower() in ' '.join(FORMATS.values()).split()
 
 
 def open_folder(path):
-    """The images below a folder: sorted names, a function name → bytes, and what changes when the source does."""
-    names = sorted(str(file.relative_to(path)) for file in path.rglob('*') if file.is_file())
-    names = [name for name in names if is_image(name)]
-    stats = [(path / name).stat() for name in names]
-    return names, lambda name: (path / name).read_bytes(), [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats)]
+    """The images below a folder: sorted paths, a function path → bytes, and a key to all that."""
+    def refuse(error):
+        raise UserError(f'{error.filename} cannot be read ({error.strerror}): allow it, or move it')
+    names = []
+    for folder, folders, files in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        names += [os.path.join(folder, name) for name in files if is_image(name)]
+    names = sorted(filter(os.path.isfile, names))                       # no pipe, no device
+    key = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, map(os.stat, names))]
+    return names, lambda name: Path(name).read_bytes(), key
 
 
 def open_zip(path):
-    """The images in a .zip: as open_folder."""
+    """The images in a .zip, as open_folder. Of two with one name the last counts, as in unzip."""
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise Unusable(f'{path} is not a whole .zip ({error})') from None
-    members = sorted((m for m in archive.infolist() if is_image(m.filename)), key=lambda m: m.filename)
-    if any(m.flag_bits & 1 for m in members):
-        raise Unusable(f'{path} is encrypted: unpack it and give the folder')
-    return [m.filename for m in members], archive.read, [(m.filename, m.file_size, m.CRC) for m in members]
+    except Exception as error:          # also of a newer version, or names that are not UTF-8
+        raise UserError(f'{path} is not a .zip that can be read ({error})') from None
+    members = {m.filename: m for m in archive.infolist() if is_image(m.filename)}
+    if any(m.flag_bits & 1 for m in members.values()):
+        raise UserError(f'{path} is encrypted: unpack it and give the folder')
+    key = sorted((m.filename, m.file_size, m.CRC) for m in members.values())
+    return sorted(members), lambda name: archive.read(members[name]), key
 
 
-def decode(data, crop):
-    """The bytes of an image file → uint8 (64, 64, 3): upright, on white where transparent, the centred square, resized."""
-    with Image.open(io.BytesIO(data), formats=formats()) as image:
+def decode(data, crop, name=''):
+    """The bytes of an image file → uint8 (64, 64, 3): upright, on white where transparent, the
+    centred square, resized. Raises UserError for one that is smaller than `crop`."""
+    with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
+        tags = getattr(image, 'tag_v2', {})                             # of a TIFF
+        if image.mode == 'F' or tags and (image.mode == 'I' or 12 in tags.get(258, ())):
+            raise ValueError('not of 8 or 16 bits a pixel: which values are black and white?')
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I'):                    # 16 bits a pixel; Pillow would clip, not scale
+        if image.mode.startswith('I'):                                  # Pillow would clip 16 bits
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert('RGBA')
@@ -396,57 +444,344 @@ def decode(data, crop):
         image = image.convert('RGB')
     side = crop or min(image.size)
     if side > min(image.size):
-        raise ValueError(f'{image.width} × {image.height} is smaller than --crop {crop}')
+        raise UserError(f'{name} is {image.width} × {image.height}, smaller than --crop {crop}')
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = (left, top, left + side, top + side)
+    square = left, top, left + side, top + side
     return np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS, box=square))
 
 
 def decode_all(path, names, read, crop, cache):
-    """Decode the images on all cores into `cache`, which appears only when it is whole. One in 100 may be unreadable."""
+    """Decode the images, on all cores, into `cache`: how many. One in 100 may be unreadable."""
     def attempt(name):
         try:
-            return decode(read(name), crop)
-        except Exception as error:      # whatever Pillow's many decoders, zlib or the file system raise for this one
-            return f'{name} ({" ".join(str(error).split()) or type(error).__name__})'
+            return decode(read(name), crop, f'{path}: {name}')
+        except UserError:
+            raise
+        except Exception as error:      # whatever decoders, zlib or the file system raise for it
+            reason = str(error).partition('<')[0].strip()                       # <_io.BytesIO …
+            return f'{name} ({reason or type(error).__name__})'
 
-    cache.parent.mkdir(parents=True, exist_ok=True)
     need, free = len(names) * 64 * 64 * 3, shutil.disk_usage(cache.parent).free
     if need > free:
-        raise Unusable(f'no room for the decoded images: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
-    for partial in cache.parent.glob(f'{cache.stem}.partial-*'):        # left by a kill: nobody writes it any more
-        if time.time() - partial.stat().st_mtime > 600:
-            partial.unlink(missing_ok=True)
-    partial = cache.with_suffix(f'.partial-{os.getpid()}')
-    bad, good, start, shown = [], 0, time.monotonic(), 0
-    try:
-        with open(partial, 'wb') as file, ThreadPoolExecutor() as pool, warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
+        raise OSError(f'no room: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
+    good = done = 0
+    start = time.monotonic()
+    with replacing(cache) as file, ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        file.seek(128)                                                          # NumPy's header
+        for first in range(0, len(names), 4096):
+            for image in pool.map(attempt, names[first:first + 4096]):
+                done += 1
+                if not isinstance(image, str):
+                    file.write(image)
+                    good += 1
+                elif done - good > len(names) / 100:
+                    raise UserError(f'{path}: over 1 % of the images are unreadable: {image}')
+                elif done - good <= 3:
+                    say(f'skipped {path}: {image}', file=sys.stderr)
+            left = (time.monotonic() - start) * (len(names) / done - 1)
+            say(f'{path}: {good:,} of {len(names):,} images decoded, {left:.0f} s', file=sys.stderr)
+        file.seek(0)
+        header = dict(shape=(good, 64, 64, 3), fortran_order=False, descr='|u1')
+        np.lib.format.write_array_header_1_0(file, header)
+    return good
 
-            def header():               # NumPy pads it, so that the count of images can be put right at the end
-                layout = dict(shape=(good, 64, 64, 3), fortran_order=False, descr='|u1')
-                file.seek(0)
-                np.lib.format.write_array_header_1_0(file, layout)
-            header()
-            for first in range(0, len(names), 512):
-                for image in pool.map(attempt, names[first:first + 512]):
-                    if isinstance(image, str):
-                        bad.append(image)
-                        print(f'skipped {path}: {image}', file=sys.stderr)
-                    else:
-                        file.write(image)
-                        good += 1
-                done, now = min(first + 512, len(names)), time.monotonic()
-                if now - shown > 1 or done == len(names):
-                    left, shown = (now - start) * (len(names) / done - 1), now
-                    print(f'decoding {path}: {done:,} of {len(names):,} images, {left:.0f} s left', file=sys.stderr)
-            header()
+
+# Files and progress -------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file that takes the place of `path` once it is complete. Raises OSError naming `path`."""
+    path = Path(path)
+    sweep(path.parent)
+    partial = path.with_name(f'{path.name}.{os.urandom(4).hex()}.partial')      # nobody else's
+    try:
+        with open(partial, 'xb') as file:                                       # x: follows no link
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        if len(bad) > len(names) / 100:
-            raise Unusable(f'{path}: {len(bad)} of {len(names)} images are unreadable, more than 1 %; the first: {bad[0]}')
-        os.replace(partial, cache)
+        os.replace(partial, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(cache)) from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def sweep(folder):
+    """Remove partial files that a kill left: after an hour nobody writes them any more."""
+    for partial in folder.glob('*.' + 8 * '[0-9a-f]' + '.partial'):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > 3600:
+                partial.unlink()
+
+
+def write(path, content):
+    """Replace a file atomically by bytes, or by what the function `content` writes to a buffer."""
+    if callable(content):
+        buffer = io.BytesIO()           # so that a full disk is an OSError, whatever writes
+        content(buffer)
+        content = buffer.getvalue()
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_table(path, rows):
+    """Rows of strings, the first of them the header → a Markdown table, which is printed too."""
+    rows = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
+    cells = [[one_line(cell).replace('|', '\\|') for cell in row] for row in rows]
+    text = ''.join(f"| {' | '.join(row)} |\n" for row in cells)
+    write(path, text.encode())
+    say(text, end='')
+
+
+def say(text, end='\n', file=None):
+    """Print at once, to standard output unless `file` is given; if it is closed or full, drop this
+    and all that follows: what cannot be printed is no reason to lose a run."""
+    file = file or sys.stdout           # None where it was closed from the start
+    encoding = getattr(file, 'encoding', None) or 'utf-8'
+    try:
+        print(text.encode(encoding, 'replace').decode(encoding), end=end, file=file, flush=True)
+    except (OSError, ValueError):       # ValueError: closed since
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, 'wb') as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())        # or the flush at exit would fail
+
+
+def on_terminal():
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+class Progress:
+    """A line that says what, how long still and how fast, by the speed of the last minute: redrawn in
+    place on a terminal, else printed every ten seconds. `size` images are one unit of `total`."""
+
+    def __init__(self, total, done=0, size=1):
+        self.total = total
+        self.size = size
+        self.marks = collections.deque([(time.monotonic(), done)])
+
+    def due(self, done):
+        pause = time.monotonic() - self.marks[-1][0]
+        return len(self.marks) == 1 or done == self.total or pause > (0.5 if on_terminal() else 10)
+
+    def show(self, done, line):
+        self.marks.append((time.monotonic(), done))
+        while self.marks[-1][0] - self.marks[0][0] > 60 and len(self.marks) > 2:
+            self.marks.popleft()
+        start, first = self.marks[0]
+        speed = (done - first) / max(self.marks[-1][0] - start, 1e-9)
+        left = (self.total - done) / max(speed, 1e-9)
+        left = f'{left / 3600:.1f} h' if left > 5400 else f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'
+        line = f'{line}  {left} left  {speed * self.size:,.0f} images/s'
+        if on_terminal():
+            say(f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='')
+        else:
+            say(line)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder against other processes until this one ends, however it ends, by a flock on the
+    folder itself. Where there is no fcntl (Windows), nothing is held."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f'{folder} is being trained by another process') from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_json(path, content):
+    write(path, json.dumps(content, indent=1).encode())
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+PAGE = 900              # pixels: pictures are no wider
+FINER = 4               # the data of a chart are drawn so many times larger, for smooth lines
+INK, GREY, PALE = '#222222', '#777777', '#e8e8e8'
+COLOURS = ('#2a6fb0', '#e0802c', '#3a9a58', '#c8413c', '#8660b0', '#8a6248', '#d873ac', '#26a3b4',
+           '#a5a32a', '#5c5c5c')
+LATIN = str.maketrans({'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'λ': 'lambda', 'μ': 'mu',
+                       'σ': 'sigma', '→': 'to', '≤': '<=', '≥': '>=', '−': '-', '–': '-', '×': 'x'})
+font = functools.cache(ImageFont.load_default)
+
+
+def latin(text, most=1000):
+    """Text for Pillow's own font, without Greek or accents, in lines of `most` letters."""
+    text = unicodedata.normalize('NFKD', one_line(text).translate(LATIN))
+    return textwrap.fill(''.join(c for c in text if not unicodedata.combining(c)), most)
+
+
+def width_of(text, size):
+    return math.ceil(max(font(size).getlength(line) for line in text.split('\n')))
+
+
+def sheet(images, labels=(), title='', notes=(), scale=None):
+    """Images, uint8 (rows, columns, C, H, W) → a picture of them, with a label left of each row, a
+    title above and notes below. They are enlarged `scale` times; if None, up to twice, as fits."""
+    images = torch.as_tensor(images).cpu().permute(0, 1, 3, 4, 2).numpy()       # (…, H, W, C)
+    rows, columns, height, width, _ = images.shape
+    labels = [latin(label, 36) for label in labels]
+    left = max((width_of(label, 13) + 18 for label in labels), default=0)
+    scale = scale or min(2, max(0.4, ((PAGE - left) / columns - 2) / width))
+    across, down = int(width * scale) + 2, int(height * scale) + 2          # with a gap of 2
+    right = left + columns * across
+    above = latin(title, max(right, 400) // 8)
+    below = '\n'.join(latin(note, max(right, 400) // 7) for note in notes)
+    top = 28 + 20 * above.count('\n') if title else 0
+    bottom = top + rows * down
+    size = (max(right, width_of(above, 15) + 8, width_of(below, 13) + 8),
+            bottom + (27 + 17 * below.count('\n') if notes else 0))
+    picture = Image.new('RGB', size, 'white')
+    pen = ImageDraw.Draw(picture)
+    pen.text((4, 4), above, INK, font(15))
+    pen.text((4, bottom + 4), below, GREY, font(13))
+    for row, label in enumerate(labels):
+        pen.text((left - 10, top + (row + 0.5) * down), label, INK, font(13), 'rm', align='right')
+    for row, column in np.ndindex(rows, columns):
+        tile = np.broadcast_to(images[row, column], (height, width, 3)).copy()
+        tile = Image.fromarray(tile).resize((across - 2, down - 2), Image.Resampling.BICUBIC)
+        picture.paste(tile, (left + column * across + 1, top + row * down + 1))
+    return picture
+
+
+def ticks(low, high, log, most):
+    """Round numbers on an axis: [(position, label)], 1, 2 or 5 times a power of ten apart. With
+    `log`, low, high and positions are decimal logarithms, of powers or of 1, 2, 5 times these."""
+    if log:
+        parts = (1, 2, 5) if high - low < most / 2 else (1,)
+        powers = range(-300, 301, math.ceil((high - low) / most))
+        found = [(k + math.log10(part), part * 10.0 ** k) for k in powers for part in parts]
+    else:
+        step = 10.0 ** math.floor(math.log10((high - low) / most))
+        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
+        values = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        found = list(zip(values, values))
+    return [(at, f'{value:,.7g}') for at, value in found if low <= at <= high]
+
+
+def axis(values, start, end, log=False, limits=None):
+    """An axis between two pixels for `values`, or for `limits` (low, high): a function from values
+    to pixels, NaN for what has no place there, and its ticks [(pixel, label)]."""
+    def position(v):
+        v = np.asarray(v, float)
+        v = np.where((np.abs(v) < 1e300) & (v > 1e-300 if log else True), v, np.nan)
+        return np.log10(v) if log else v
+
+    def pixel(position):
+        return start + (position - low) / (high - low) * (end - start)
+    shown = position(values if limits is None else limits)
+    shown = shown[np.isfinite(shown)]
+    low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
+    if log:                                                     # at least a decade
+        low, high = min(low, (low + high - 1) / 2), max(high, (low + high + 1) / 2)
+    elif high - low <= 1e-9 * max(abs(low), abs(high), 1e-200):             # one value: with 0
+        low, high = min(low, 0.0), max(high, 0.0)
+    room = 0.04 * (high - low) if high - low > 1e-200 else 1.0
+    low, high = low - room, high + room
+    marks = ticks(low, high, log, most=max(2, abs(end - start) // (34 if end < start else 48)))
+    return lambda v: pixel(position(v)), [(pixel(at), label) for at, label in marks]
+
+
+def chart(panels, size=(460, 320)):
+    """Charts, up to three side by side, of `size` or narrower to fit a page → a picture.
+
+    A panel is a dictionary: title; x, the name of that axis; series, {name: (xs, ys)}, with error
+    bars {name: (xs, ys, low, high)}. Optional: y, the name of that axis; limits, (low, high) of y;
+    log_x; log_y; lines, {name: y}, drawn across; points=True for markers alone. What is not finite,
+    or not positive on a logarithmic axis, is a gap. The series '' is not in the legend.
+    """
+    across = len(panels) if len(panels) < 4 else 2
+    width, height = min(size[0], PAGE // across), size[1]
+    full, high = across * width, math.ceil(len(panels) / across) * height
+    names = list(dict.fromkeys(name for panel in panels for name in panel['series'] if name))
+    wide = 44 + max((width_of(latin(name), 12) for name in names), default=0)
+    columns = max(1, (full - 16) // wide)
+    rows = math.ceil(len(names) / columns)
+    picture = Image.new('RGB', (full, high + 22 * rows), 'white')
+    pen = ImageDraw.Draw(picture)
+    colours = dict(zip(['', *names], itertools.chain([INK], itertools.cycle(COLOURS))))
+    for k, name in enumerate(names):
+        x, y = 16 + k % columns * wide, high + 10 + k // columns * 20
+        pen.rectangle([x, y - 2, x + 18, y + 1], colours[name])
+        pen.text((x + 25, y), latin(name), INK, font(12), 'lm')
+    for k, panel in enumerate(panels):
+        place = (k % across * width, k // across * height)
+        picture.paste(draw_panel(panel, width, height, colours), place)
+    return picture
+
+
+def draw_panel(panel, width, height, colours):
+    """A panel of a chart. Data are drawn larger and reduced; text, drawn as it is, stays sharp."""
+    series, lines = panel['series'], panel.get('lines', {})
+    title = latin(panel['title'], width // 8)
+    top, bottom, right = (68 if '\n' in title and 'y' in panel else 50), height - 42, width - 16
+    xs = np.concatenate([[], *(x for x, *_ in series.values())])
+    ys = np.concatenate([[], *(y for _, *rest in series.values() for y in rest), [*lines.values()]])
+    y_at, y_ticks = axis(ys, bottom, top, panel.get('log_y'), panel.get('limits'))
+    left = 22 + max((width_of(label, 12) for _, label in y_ticks), default=0)
+    x_at, x_ticks = axis(xs, left, right, panel.get('log_x'))
+    picture = Image.new('RGB', (width, height), 'white')
+    pen = ImageDraw.Draw(picture)
+    pen.text((14, 8), title, INK, font(14))
+    pen.text((14, top - 22), latin(panel.get('y', '')), GREY, font(12))
+    pen.text(((left + right) / 2, bottom + 24), latin(panel['x']), GREY, font(12), 'ma')
+    for y, label in y_ticks:
+        pen.line([left, y, right, y], PALE)
+        pen.text((left - 7, y), label, INK, font(12), 'rm')
+    for x, label in x_ticks:
+        pen.line([x, top, x, bottom], PALE)
+        pen.text((x, bottom + 6), label, INK, font(12), 'ma')
+    pen.line([left, top, left, bottom, right, bottom], '#b0b0b0')
+
+    layer = Image.new('RGBA', (FINER * width, FINER * height))
+    ink = ImageDraw.Draw(layer)
+    for name, (xs, *values) in series.items():
+        x, y, *bars = (FINER * p for p in (x_at(xs), *(y_at(v).clip(-9999, 9999) for v in values)))
+        for at, *ends in zip(x, *bars):
+            if ends and np.isfinite([at, *ends]).all():
+                ink.line([at, ends[0], at, ends[1]], colours[name], 6)
+        radius = 12 if panel.get('points') or len(x) <= 30 else FINER
+        seen = np.isfinite(x + y)
+        for k in np.flatnonzero(seen):
+            if k and seen[k - 1] and not panel.get('points'):
+                ink.line([x[k - 1], y[k - 1], x[k], y[k]], colours[name], 2 * FINER)
+            ink.ellipse([x[k] - radius, y[k] - radius, x[k] + radius, y[k] + radius], colours[name])
+    plot = layer.reduce(FINER).crop((left, top, right, bottom))
+    picture.paste(plot, (left, top), plot)
+    above, start = -99, 0                                       # of the name before
+    for name, value in sorted(lines.items(), key=lambda line: -line[1]):
+        y = y_at(value)
+        if top <= y <= bottom:                                  # not NaN
+            end = start - 16 if y - above < 12 else right - 4
+            above, start = y, end - width_of(latin(name), 11)
+            pen.line([left, y, right, y], GREY)
+            pen.text((end, y - 5), latin(name), GREY, font(11), 'rs')
+    return picture
+
+
+def save_picture(path, picture):
+    """Write a picture, .png or .jpg by its ending, reduced to the width of a page."""
+    if picture.width > PAGE:
+        high = round(picture.height * PAGE / picture.width)
+        picture = picture.resize((PAGE, high), Image.Resampling.LANCZOS)
+    form = 'PNG' if str(path).endswith('.png') else 'JPEG'          # which alone has a quality
+    write(path, lambda file: picture.save(file, form, quality=90, subsampling=0))
+
+
+def save_gif(path, pictures, milliseconds):
+    """Write an animation. One palette, from a quarter of all pixels, and no dithering: it does not
+    flicker, and is half as large."""
+    sample = Image.fromarray(np.concatenate([np.asarray(p)[::2, ::2] for p in pictures]))
+    palette = sample.quantize(256, kmeans=1)
+    frames = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    write(path, lambda file: frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:],
+                                            duration=milliseconds, loop=0))
