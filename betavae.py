@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import signal
 import sys
 import time
@@ -187,7 +186,6 @@ def train(dataset, settings):
     surrounds the algorithm is in Run. Raises UserError, and KeyboardInterrupt when stopped."""
     s = settle(settings, dataset)
     model = initial_model(s, dataset.shape[0])
-    network = compiled(model, s.device)
     optimiser = torch.optim.Adam(model.parameters(), lr=s.lr, fused=s.device != 'mps')
     terms = dict(likelihood=s.likelihood, tc=dataset.train_size if s.tc else None, gamma=s.gamma)
     end = s.beta if s.capacity is None else s.capacity
@@ -197,7 +195,7 @@ def train(dataset, settings):
             optimiser.param_groups[0]['lr'] = s.lr * min(1, (step + 1) / max(1, s.warmup))
             x, noise = batch(dataset, s.seed, step, s.batch, s.latents, s.device)
 
-            loss, recon, kl = objective(network, x, noise, beta, **terms)
+            loss, recon, kl = objective(model, x, noise, beta, **terms)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -269,12 +267,12 @@ class Run:
         with contextlib.ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(data.locked(self.folder))
+            data.sweep(self.folder, age=0)
             if (self.folder / 'checkpoint.pt').exists():
                 self.resume(read_checkpoint(self.folder))
             held_out = self.dataset.images(self.dataset.held_out(1000))    # (≤ 1000, C, 64, 64)
             self.held_out = torch.from_numpy(held_out).to(self.settings.device)
             announce(self.settings, self.dataset, self.model, self.step)
-            data.write_json(self.folder / 'settings.json', kept(self.settings) | VERSIONS)
             for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
                 number = getattr(signal, name, None)                    # Windows has no SIGHUP
                 if number and signal.getsignal(number) != signal.SIG_IGN:       # as under nohup
@@ -324,8 +322,8 @@ class Run:
             self.draw(images=2000)
         if self.stopping and not last:
             raise KeyboardInterrupt(
-                f'{self.folder} stopped at step {self.step:,} and is saved. The same command resumes; '
-                f'with --steps {self.step} it ends there and draws its pictures')
+                f'{self.folder} stopped at step {self.step:,}, saved; the same command resumes, '
+                f'and --steps {self.step} ends it there with its pictures')
         self.tick = time.perf_counter()
 
     def means(self):
@@ -339,23 +337,26 @@ class Run:
         held_loss, held_recon, *held_kl = held_out.tolist()
         self.log.append([self.step, self.beta, loss, recon, sum(kl), *kl,
                          held_loss, held_recon, sum(held_kl), self.seconds])
-        write_log(self.folder, self.log, self.settings.latents)
 
     def add_frame(self):
         mu, _ = codes_of(self.model, self.held_out[:8])
         self.frames[self.step] = means_of(self.model, mu)                       # (≤ 8, C, 64, 64)
 
     def save(self):
-        log = torch.tensor(self.log, dtype=torch.float64)
+        kept = {name: x for name, x in vars(self.settings).items() if name != 'run'}   # may move
+        names = columns(self.settings.latents)
+        log = torch.tensor(self.log, dtype=torch.float64).view(len(self.log), len(names))
         state = dict(
-            step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent,
-            log=log.view(len(self.log), len(columns(self.settings.latents))), frames=self.frames,
-            settings=kept(self.settings), dataset=self.dataset.identity(),
+            step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
+            frames=self.frames, settings=kept, dataset=self.dataset.identity(),
             model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state'])
         moments = itertools.chain(*(of.values() for of in state['adam'].values()))
         if not all(t.isfinite().all() for t in itertools.chain(state['model'].values(), moments)):
             diverged('a weight or a moment of Adam', self.step, self.folder)
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
+        data.write_json(self.folder / 'settings.json', kept | VERSIONS)
+        rows = [','.join(names), *(','.join(f'{x:.9g}' for x in row) for row in self.log), '']
+        data.write(self.folder / 'log.csv', '\n'.join(rows).encode())
         self.saved = time.monotonic()
 
     def draw(self, images):
@@ -374,22 +375,16 @@ class Run:
         """The last row, checkpoint and views; also of a finished run that is started again."""
         if not self.log or self.log[-1][0] != self.step:
             self.add_row()
-        write_log(self.folder, self.log, self.settings.latents)
         self.add_frame()
         self.save()
         summary = self.draw(images=10000)
         say(f'{self.folder}/ holds the pictures, the log and the model')
         if summary['collapsed']:
-            say(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, and every image "
-                'is reconstructed as the mean image. Try a smaller --beta, or let it rise (--anneal)')
+            say(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, and every "
+                'image becomes the mean image. Try a smaller --beta, or let it rise (--anneal)')
 
 
 VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__)
-
-
-def kept(settings):
-    """What is kept of a run's settings: all but its folder, which may be moved."""
-    return {name: value for name, value in vars(settings).items() if name != 'run'}
 
 
 def columns(latents):
@@ -398,24 +393,12 @@ def columns(latents):
             'held_out_loss', 'held_out_recon', 'held_out_kl', 'seconds']
 
 
-def write_log(folder, rows, latents):
-    lines = [','.join(columns(latents)), *(','.join(f'{x:.9g}' for x in row) for row in rows), '']
-    data.write(folder / 'log.csv', '\n'.join(lines).encode())
-
-
 def initial_model(settings, channels):
     """The untrained model of a seed. The global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = BetaVAE(channels, settings.latents, settings.leak, settings.precision == 'bf16')
     return model.to(settings.device, memory_format=torch.channels_last)
-
-
-def compiled(model, device):
-    """On a GPU, where launching many small kernels is what takes time, the model as CUDA graphs."""
-    if device == 'cuda' and sys.platform == 'linux' and shutil.which('cc'):     # Triton needs both
-        return torch.compile(model, mode='reduce-overhead')
-    return model
 
 
 def read_checkpoint(folder):
@@ -431,8 +414,8 @@ def read_checkpoint(folder):
     except MemoryError:
         raise
     except Exception as error:                          # one of a dozen kinds, by what is broken
-        raise UserError(f'{path} is not a valid checkpoint ({type(error).__name__}: {error}). It is left '
-                        f'as it is; to start over, delete {folder}') from None
+        raise UserError(f'{path} is not a valid checkpoint ({type(error).__name__}: {error}); it '
+                        f'is left as it is. To start over, delete {folder}') from None
 
 
 def checkpoint_form(state):
@@ -448,23 +431,23 @@ def checkpoint_form(state):
     log = torch.zeros(len(state['log']), len(columns(J)), dtype=torch.float64)
     if not (1 <= state['step'] <= 10 ** 9 and 0 <= state['seconds'] < math.inf):
         raise ValueError('step or seconds out of range')
-    return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J), log=log, frames=frames,
-                settings=state['settings'], dataset=state['dataset'],
+    return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J), log=log,
+                frames=frames, settings=state['settings'], dataset=state['dataset'],
                 model=dict(model.state_dict()), adam=adam)
 
 
 def conform(found, form, name):
-    """A copy of `found`, its tensors in the memory layout of `form`, which Adam's fused kernel takes
-    for granted. ValueError where a type, a key or a shape differs or a number is not finite."""
+    """A copy of `found`, its tensors in the layout of `form`, which Adam's fused kernel takes for
+    granted. ValueError where a type, a key or a shape differs or a number is not finite."""
     if type(found) is not type(form) or isinstance(form, dict) and found.keys() != form.keys():
         raise ValueError(f'{name} is not as expected')
     if isinstance(form, dict):
         return {key: conform(found[key], form[key], key) for key in form}
     if isinstance(form, torch.Tensor):
-        if (found.dtype, found.shape) != (form.dtype, form.shape) or not found.isfinite().all():
-            raise ValueError(f'{name} has another shape or type, or is not finite')
-        if name == 'exp_avg_sq' and (found < 0).any():
-            raise ValueError('a second moment is negative')
+        low = 0 if name == 'exp_avg_sq' else -math.inf
+        if (found.dtype, found.shape) != (form.dtype, form.shape) or not (
+                found.isfinite().all() and (found >= low).all()):
+            raise ValueError(f'{name} has another shape or type, or impossible numbers')
         return torch.empty_like(form).copy_(found)
     return found
 
@@ -496,7 +479,7 @@ def check_same_run(folder, state, settings, dataset):
 
 
 def check_finite(losses, step, folder, where=''):
-    """FloatingPointError that names which of loss, reconstruction, KL_0 … (2 + J,) is not finite."""
+    """FloatingPointError that names what of loss, reconstruction, KL_0 … (2 + J,) is not finite."""
     if not losses.isfinite().all():
         names = ['the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))]
         bad = [name for name, value in zip(names, losses) if not value.isfinite()]
@@ -506,8 +489,8 @@ def check_finite(losses, step, folder, where=''):
 def diverged(what, step, folder):
     good = folder / 'checkpoint.pt'
     saved = f'{good} is the last good one' if good.exists() else 'nothing was saved yet'
-    raise FloatingPointError(f'{what} is not finite at step {step:,}; {saved}. Try a smaller --lr or '
-                             '--beta, or --warmup 1000')
+    raise FloatingPointError(f'{what} is not finite at step {step:,}; {saved}. Try a smaller --lr '
+                             'or --beta, or --warmup 1000')
 
 
 def announce(settings, dataset, model, step):
@@ -521,12 +504,12 @@ def announce(settings, dataset, model, step):
         say(f'resuming from step {step:,}')
     for name, steps in (('β or C', s.anneal), ('the learning rate', s.warmup)):
         if steps > s.steps:
-            say(f'warning: {name} will not reach its target: it takes {steps:,} of {s.steps:,} steps',
-                file=sys.stderr)
+            say(f'warning: {name} will not reach its target: that takes {steps:,} steps, not '
+                f'{s.steps:,}', file=sys.stderr)
     count = linear_latents(dataset, s)
     if count is not None and count < s.latents:
-        say(f'a linear decoder would use about {count} of {s.latents} latents at β = {s.beta:g}, and '
-            f'none from β = {2 * float(spectrum(dataset)[0]):.3g} on')
+        say(f'a linear decoder would use about {count} of {s.latents} latents at β = {s.beta:g}, '
+            f'and none from β = {2 * float(spectrum(dataset)[0]):.3g} on')
 
 
 def progress_line(run):
@@ -545,7 +528,7 @@ def progress_line(run):
 def codes_of(model, images):
     """μ and log σ² of images, uint8 (n, C, 64, 64): float32 (n, J) each, on the CPU."""
     device = next(model.parameters()).device
-    codes = [model.encode(as_input(part.to(device))) for part in images.split(64)]  # fits the caches
+    codes = [model.encode(as_input(part.to(device))) for part in images.split(64)]  # fits caches
     mu, logvar = zip(*codes)
     return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
 
@@ -572,9 +555,9 @@ def traverse(z, latents, values):
 
 
 def top_latent(mu, logvar):
-    """The picture of yukunchen113/Beta-VAE as codes (3, 10, J): zeros, with the latent of largest mean
-    KL varied over the range of its samples; rows 2 and 3 add one and two mean posterior standard
-    deviations to all latents."""
+    """The picture of yukunchen113/Beta-VAE as codes (3, 10, J): zeros, the latent of largest
+    mean KL varied over the range of its samples; rows 2 and 3 add one and two mean posterior
+    standard deviations to all latents."""
     sigma = torch.exp(0.5 * logvar)
     j = int(kl_per_latent(mu, logvar).mean(0).argmax())
     z = sample(mu, logvar, fixed_noise(*mu.shape))[:, j]
@@ -606,7 +589,7 @@ def known_factors(model, dataset, kl, n):
     """What the latents know of the factors, over n images of a fixed draw: their names, the MIG,
     the dimension-wise KL, and of each factor's entropy the largest share that a latent has."""
     names = [f'z{j}' for j in range(len(kl))]
-    if not dataset.factors:
+    if max(dataset.factor_sizes, default=1) == 1:
         return dict(latent_names=names)
     rng = np.random.default_rng(0)
     index = rng.integers(len(dataset), size=n) if len(dataset) > n else np.arange(len(dataset))
@@ -684,7 +667,7 @@ def draw(folder, model, settings, summary, log, frames, held_out):
     values = -torch.cos(torch.linspace(0, math.pi, 9))                      # -1 → 1
     moving = means_of(model, torch.stack([traverse(z, shown, values) for z in mu[:8]], 1))
     sheets = [data.sheet(moving[:, :, t], [names[j] for j in shown], notes=notes, scale=1)
-              for t in range(9)]                                            # of (J, 8, 9, C, 64, 64)
+              for t in range(9)]                                        # of (J, 8, 9, C, 64, 64)
     data.save_gif(folder / 'traversal.gif', sheets + sheets[-2:0:-1], 90)   # … and back
     data.save_gif(folder / 'training.gif', [
         data.sheet(torch.stack([eight, frames[n]]), ['held out', 'reconstructed'], f'step {n:,}')
@@ -733,8 +716,8 @@ def compare(argv):
     for label, row in rows.items():
         if len({run['seed'] for run in row}) < len(row) or len({
                 (run['device'], run['precision']) for run in row}) > 1:
-            raise UserError(f'{label}: the runs of one row must differ in the seed, and share device and '
-                            f"precision: {', '.join(str(run['folder']) for run in row)}")
+            raise UserError(f"{', '.join(str(run['folder']) for run in row)} make a row, {label}: "
+                            'they must differ in the seed, and share device and precision')
     if args.pairs:
         for run in runs:
             score(run, args.pairs, args.factors, args.train)
@@ -759,18 +742,19 @@ def compare(argv):
 
 
 def finished(folder):
-    """A run's folder as a flat dictionary: settings, summary, scores. Without a checkpoint.pt, as in
+    """A run's folder as one dictionary: settings, summary, scores. Without a checkpoint.pt, as in
     results/, it can be tabulated but not scored or drawn."""
     run = read_json(folder / 'settings.json') | read_json(folder / 'summary.json')
-    kinds = dict(label=str, steps=int, seed=int, device=str, precision=str, dataset=dict, weights=str)
+    kinds = dict(label=str, steps=int, seed=int, device=str, precision=str, dataset=dict,
+                 weights=str)
     wrong = [name for name, kind in kinds.items() if not isinstance(run.get(name), kind)]
     if wrong:
         raise UserError(f'{folder} is not a finished run: its summary has no {", ".join(wrong)}')
     if (folder / 'checkpoint.pt').exists():
         step = read_checkpoint(folder)['step']
         if step != run['steps']:
-            raise UserError(f"{folder} is at step {step:,}, but its summary of step {run['steps']:,}. To "
-                            f'end it there, repeat its command with --steps {step}')
+            raise UserError(f'{folder} stopped at step {step:,} without a summary. To end it '
+                            f'there, repeat its command with --steps {step}')
     scores = read_json(folder / 'scores.json')
     if (scores.get('steps'), scores.get('weights')) == (run['steps'], run['weights']):
         run |= scores['scores']
@@ -819,8 +803,8 @@ def metric_chart(rows, scores):
 
 
 def chart_of(runs, x, y):
-    """A result against an option, a series for each value of whatever else varies; or against another
-    result, a point for each run."""
+    """A result against an option, a series for each value of whatever else varies; or against
+    another result, a point for each run."""
     given = vars(options())
     varying = [name for name in given if name not in (x, 'run', 'seed', 'device', 'precision')
                and len({run.get(name) for run in runs}) > 1]
@@ -864,16 +848,16 @@ def dataset_of(run):
     try:
         dataset = load_data(run['data'], run['crop'])
     except UserError as error:
-        raise UserError(f"{run['folder']}: {error}. If it was moved, repeat the run's command with its "
-                        'new --data; data made in Python cannot be loaded by name') from None
+        raise UserError(f"{run['folder']}: {error}. If it was moved, repeat the run's command with "
+                        'its new --data; data made in Python cannot be loaded by name') from None
     if dataset.identity() != run['dataset']:
         raise UserError(f"{run['folder']} was trained on other images than {run['data']} holds now")
     return dataset
 
 
 def score(run, pairs, factors, train):
-    """Add the metric at each K and L to a run and its scores.json, by posterior means and by samples.
-    What is there already is not computed again."""
+    """Add the metric at each K and L, by posterior means and by samples, to a run and its
+    scores.json. What is there already is not computed again."""
     dataset = dataset_of(run)
     sizes = dataset.factor_sizes
     factors = factors or [len(sizes)]
@@ -888,9 +872,12 @@ def score(run, pairs, factors, train):
             continue
         codes = codes or encoders(run, dataset)
         encode = watched(codes[kind], 2 * L * (train + train // 2), f"{run['folder'].name} {name}")
-        run[name] = metrics.disentanglement_score(
-            encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train, test=train // 2,
-            rng=np.random.default_rng(run['seed']))
+        try:
+            run[name] = metrics.disentanglement_score(
+                encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train, test=train // 2,
+                rng=np.random.default_rng(run['seed']))
+        except ValueError as error:
+            raise UserError(f"{run['folder']}: {error}") from None
         scores = {name: value for name, value in run.items() if name.startswith('accuracy')}
         data.write_json(run['folder'] / 'scores.json',
                         dict(steps=run['steps'], weights=run['weights'], scores=scores))
@@ -985,11 +972,11 @@ COMPARE_HELP = """Put finished runs in one table and on one sheet. Those that di
 alone are one row.
 
     python betavae.py compare runs/A runs/B                     takes seconds
-    python betavae.py compare runs/A runs/B --pairs 1,20        also measures disentanglement: minutes
+    python betavae.py compare runs/A runs/B --pairs 1,20        measures disentanglement: minutes
 
-The measure of Higgins et al. 2017: how often a linear classifier can tell, from the codes of L pairs
-of images, which of K factors the images of each pair share. It rises with L and falls with K, so
-give both with every score. Scores are kept in scores.json, in the folder of each run."""
+The measure of Higgins et al. 2017: how often a linear classifier can tell, from the codes of L
+pairs of images, which of K factors the images of each pair share. It rises with L and falls with
+K, so give both with every score. Scores are kept in scores.json, in the folder of each run."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -1030,7 +1017,7 @@ def training_parser():
     real = number(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
     add = parser.add_argument_group('data (x)').add_argument
     add('--data', default='faces', help='faces (default), dsprites, a folder or .zip of images')
-    add('--crop', type=positive, help='side of the centred square cut from your images; CelebA: 128')
+    add('--crop', type=positive, help='side of the centred square cut from images; CelebA: 128')
     add = parser.add_argument_group('model').add_argument
     add('--latents', type=number(int, 1, 512), help='J (default: 10 for dsprites, else 32)')
     add('--leak', type=number(float, 0, 1), default=0.2,
@@ -1150,8 +1137,8 @@ def has_bf16(device):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory. It would hand back each 4 MB activation, and the page faults on
-    mapping the next one cost up to a third of a step. Where there is no mallopt, nothing happens."""
+    """Let glibc keep freed memory. It would hand back each 4 MB activation, and the page faults of
+    mapping the next one cost up to a third of a step. Elsewhere nothing happens."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)               # M_MMAP_THRESHOLD: up to 32 MB come from the heap,
@@ -1168,12 +1155,13 @@ def main(argv=None):
         else:
             settings = options(*argv)
             train(data.load(settings.data, settings.crop), settings)
-    except (UserError, KeyboardInterrupt, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, KeyboardInterrupt, FloatingPointError, OSError, MemoryError,
+            RuntimeError) as error:
         if isinstance(error, RuntimeError) and 'memory' not in str(error):
             raise
         say(f'betavae: {told(error)}', file=sys.stderr)
-        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        raise SystemExit(code) from None
+        codes = {UserError: 2, KeyboardInterrupt: 130}
+        raise SystemExit(codes.get(type(error), 1)) from None
 
 
 def told(error):

@@ -508,11 +508,12 @@ def replacing(path):
             partial.unlink()
 
 
-def sweep(folder):
-    """Remove partial files that a kill left: after an hour nobody writes them any more."""
+def sweep(folder, age=3600):
+    """Remove partial files that a kill left: after an hour nobody writes them any more. `age` is 0
+    where a lock says so at once."""
     for partial in folder.glob('*.' + 8 * '[0-9a-f]' + '.partial'):
         with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > 3600:
+            if time.time() - partial.stat().st_mtime > age:
                 partial.unlink()
 
 
@@ -552,8 +553,8 @@ def on_terminal():
 
 
 class Progress:
-    """A line that says what, how long still and how fast, by the speed of the last minute: redrawn in
-    place on a terminal, else printed every ten seconds. `size` images are one unit of `total`."""
+    """A line that says what, how long still and how fast, by the speed of the last minute: redrawn
+    in place on a terminal, else printed every ten seconds. `size` images are a unit of `total`."""
 
     def __init__(self, total, done=0, size=1):
         self.total = total
@@ -571,7 +572,8 @@ class Progress:
         start, first = self.marks[0]
         speed = (done - first) / max(self.marks[-1][0] - start, 1e-9)
         left = (self.total - done) / max(speed, 1e-9)
-        left = f'{left / 3600:.1f} h' if left > 5400 else f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'
+        left = (f'{left / 3600:.1f} h' if left > 5400 else
+                f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s')
         line = f'{line}  {left} left  {speed * self.size:,.0f} images/s'
         if on_terminal():
             say(f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='')

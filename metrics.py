@@ -43,6 +43,7 @@ def as_factors(v, rows=None):
 
 
 def check_counts(name, *counts, low=1, high=math.inf):
+    """Raises ValueError unless all counts are integers from `low` to `high`."""
     if not all(isinstance(n, (int, np.integer)) and low <= n <= high for n in counts):
         raise ValueError(f'{name}: expected integers from {low} to {high}, '
                          f'not {", ".join(map(str, counts))}')
@@ -71,9 +72,9 @@ def disentanglement_score(encode, factor_sizes, *, pairs=64, factors=None, train
     Fine print. The score rises with L, since the mean over pairs averages out noise, and falls with
     K: give both with it. A code that lacks one factor can still score 100 %, because only that
     factor leaves no latent with small differences (Kim and Mnih 2018). So can a rotated code, where
-    two factors share two latents unequally. And the metric takes posterior means and is blind to
-    their scale: a collapsed code, whose means are tiny, can still score high where samples
-    z ~ q(z|x) score at chance. So score samples too, with one fixed draw for each image.
+    two factors share two latents unequally. Given posterior means, the metric is blind to their
+    scale: a collapsed code, whose means are tiny, can still score high where samples z ~ q(z|x)
+    score at chance. So score samples too, with one fixed draw for each image.
     """
     sizes = np.atleast_1d(factor_sizes)
     check_counts('factor_sizes', *sizes)
@@ -119,7 +120,7 @@ def softmax_regression(x, k, classes, ridge=1e-4):
     pixels, which overfit 10,000 points, it matters (K = 4, L = 20: 42.4 % at 1e-4, 47.5 % at 1e-2).
     """
     mean = x.mean(0)
-    scale = np.maximum(x.std(0), 1e-12 * np.abs(x).max(0) + 1e-300)         # if constant
+    scale = np.maximum(x.std(0), 1e-12 * np.abs(x).max(0) + 1e-300)         # not 0
     a = torch.from_numpy(np.hstack([(x - mean) / scale, np.ones((len(x), 1))]))     # (n, J + 1)
     k = torch.from_numpy(k)
     w = torch.zeros(classes, a.shape[1], dtype=torch.float64, requires_grad=True)   # faster than wᵀ
@@ -224,11 +225,11 @@ def elbo_decomposition(mu, logvar, samples=None, rng=None):
     estimate of the KL term; that is within a few times `standard_error` of the analytic one.
 
     The mutual information is at most ln N, returned as `ceiling`. Within about 0.3 nats of it, the
-    split between mutual information and total correlation is unresolved: what the ceiling takes
-    from the first is added to the second. A larger N helps; more samples do not.
+    split between mutual information and total correlation is unresolved: whatever the first lacks
+    shows up in the second. A larger N helps; more samples do not.
     """
     mu = as_codes(mu, 'mu')
-    logvar = as_codes(logvar, 'logvar', len(mu))
+    logvar = as_codes(logvar, 'logvar')
     if mu.shape != logvar.shape or np.abs(logvar).max() > 50:
         raise ValueError(f'logvar: expected the shape of mu, {mu.shape}, and values from −50 to 50')
     N, J = mu.shape
@@ -266,7 +267,8 @@ def pca(x, components=10):
     explains most last. Raises ValueError if the rank of the covariance is below `components`."""
     x = as_codes(x, 'x')
     mean = x.mean(0)
-    values, vectors = np.linalg.eigh((x - mean).T @ (x - mean) / max(1, len(x) - 1))
+    centred = x - mean
+    values, vectors = np.linalg.eigh(centred.T @ centred / max(1, len(x) - 1))
     rank = int((values > 1e-12 * values[-1]).sum())
     check_counts('components, by the rank of x', components, high=rank)
     return mean, vectors[:, -components:] / np.sqrt(values[-components:])
