@@ -498,8 +498,8 @@ def announce(settings, dataset, model, step):
     s = settings
     shape = ' × '.join(str(size) for size in dataset.shape)
     parameters = sum(p.numel() for p in model.parameters())
-    say(f'{dataset.name}, {len(dataset):,} images {shape} | {describe(s)}, {s.latents} latents, '
-        f'{s.likelihood} | {parameters:,} parameters, {s.device} {s.precision} | {s.run}')
+    say(f'{dataset.name}, {len(dataset):,} images {shape} | {describe(s)}, {s.likelihood} | '
+        f'{parameters:,} parameters, {s.device} {s.precision} | {s.run}')
     if step:
         say(f'resuming from step {step:,}')
     for name, steps in (('β or C', s.anneal), ('the learning rate', s.warmup)):

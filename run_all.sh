@@ -81,18 +81,21 @@ eight)
     train 10000-Beta-VAE --beta 10000
     train KLD_Anneal_40000_steps-10-Beta-VAE --beta 10 --anneal 40000
     train KLD_Decrease_40000_steps-100to1-Beta-VAE --beta-from 100 --beta 1 --anneal 40000
-    train KLD_Decrease_100000_steps-10000to1-Beta-VAE --beta-from 10000 --beta 1 --anneal 100000 --steps 125000
+    train KLD_Decrease_100000_steps-10000to1-Beta-VAE --beta-from 10000 --beta 1 --anneal 100000 \
+        --steps 125000
     compare
     ;;
 seeds)
     for seed in 0 1 2; do
-        train "VAE-seed-$seed" --beta 1 --seed $seed
-        train "10-Beta-VAE-seed-$seed" --beta 10 --seed $seed
-        train "100-Beta-VAE-seed-$seed" --beta 100 --seed $seed
-        train "KLD_Anneal_40000_steps-10-Beta-VAE-seed-$seed" --beta 10 --anneal 40000 --seed $seed
-        train "KLD_Decrease_40000_steps-100to1-Beta-VAE-seed-$seed" --beta-from 100 --beta 1 --anneal 40000 --seed $seed
-        train "VAE-25000-steps-seed-$seed" --beta 1 --steps 25000 --seed $seed
-        train "VAE-25000-steps-leak-0-seed-$seed" --beta 1 --steps 25000 --leak 0 --seed $seed
+        s=; [ $seed = 0 ] || s=-seed-$seed
+        train "VAE$s" --beta 1 --seed $seed
+        train "10-Beta-VAE$s" --beta 10 --seed $seed
+        train "100-Beta-VAE$s" --beta 100 --seed $seed
+        train "KLD_Anneal_40000_steps-10-Beta-VAE$s" --beta 10 --anneal 40000 --seed $seed
+        train "KLD_Decrease_40000_steps-100to1-Beta-VAE$s" --beta-from 100 --beta 1 --anneal 40000 \
+            --seed $seed
+        train "VAE-25000-steps$s" --beta 1 --steps 25000 --seed $seed
+        train "VAE-25000-steps-leak-0$s" --beta 1 --steps 25000 --leak 0 --seed $seed
     done
     compare
     ;;
@@ -101,7 +104,7 @@ beta250)
     train KLD_Anneal_20000_steps-250-Beta-VAE --beta 250 --anneal 20000 --steps 30000
     compare
     ;;
-latents6)       # 0.0544 is the variance of the faces' pixels: squared errors divided by it make β β · 0.0544
+latents6)       # β times 0.0544, the faces' pixel variance: squared errors divided by it have β
     train 6-latents-beta-0.1 --latents 6 --beta 0.00544 --steps 10000
     train 6-latents-beta-1 --latents 6 --beta 0.0544 --steps 10000
     train 6-latents-beta-2 --latents 6 --beta 0.1088 --steps 10000
@@ -115,7 +118,8 @@ dsprites)
         done
         train "dsprites-tc-6-seed-$seed" --data dsprites --steps 15000 --tc --beta 6 --seed $seed
     done
-    compare --baselines 3 --pairs 1,20,64 --factors 4,5 --chart beta:accuracy_K4_L20 --chart mig:reconstruction
+    compare --baselines 3 --pairs 1,20,64 --factors 4,5 --chart beta:accuracy_K4_L20 \
+        --chart mig:reconstruction
     ;;
 capacity)
     train dsprites-capacity --data dsprites --capacity 25 --gamma 1000 --anneal 100000 --steps 100000

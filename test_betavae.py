@@ -737,6 +737,7 @@ def test_a_second_process_is_refused(trained, capsys):
 
 
 def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, capsys):
+    monkeypatch.setattr(data, 'load', lambda *_: toy())
     shutil.copytree(trained, 'a')
     before = Path('a/checkpoint.pt').read_bytes()
 
@@ -752,11 +753,11 @@ def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, ca
                             (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'not enough memory')):
         with monkeypatch.context() as patch:
             patch.setattr(betavae, 'train', lambda *_, error=error: (_ for _ in ()).throw(error))
-            assert main('--data', 'dsprites') == 1
+            assert main() == 1
         said = capsys.readouterr().err
         assert expected in said and said.count('\n') == 1 and 'delete' not in said
     Path('file').write_text('')
-    assert main('--run', 'file', '--data', 'dsprites') == 1
+    assert main('--run', 'file', '--batch', 16) == 1
 
 
 def test_what_is_not_finite_stops_the_run_is_named_and_not_saved(trained, monkeypatch):
@@ -974,14 +975,10 @@ def test_targets_that_are_not_reached_are_announced(capsys):
     assert error.count('will not reach its target') == 2 and '9 of 1' in error and '7 of 1' in error
 
 
-def command(*words, **options):
-    return subprocess.run([sys.executable, HERE / 'betavae.py', *map(str, words)], capture_output=True, text=True, **options)
-
-
-@pytest.mark.parametrize('shell', ['>&-', '> /dev/full', '| head -1', '>&- 2>&-'])
+@pytest.mark.parametrize('shell', ['> /dev/full', '| head -1', '>&- 2>&-'])
 def test_output_that_cannot_be_written_costs_no_run(shell):
-    words = '--data dsprites --latents 2 --batch 4 --steps 3 --run a'
-    script = f'PYTHONIOENCODING=ascii {sys.executable} {HERE}/betavae.py {words} {shell}'
+    script = (f'cd {HERE}; PYTHONIOENCODING=ascii {sys.executable} -c "import test_betavae as t; '
+              f't.train(3, run={str(Path("a").absolute())!r})" {shell}')
     done = subprocess.run(['bash', '-o', 'pipefail', '-c', script], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == '' and state()['step'] == 3
 
@@ -1015,6 +1012,44 @@ def test_run_all_passes_signals_on_at_once():
         if line.startswith('step'):
             process.terminate()
     assert process.wait() == 130 and state('runs/VAE')['step'] < 50000
+
+
+# The pages -------------------------------------------------------------------------------------------
+
+PAGES = ('README.md', 'results/README.md')
+
+
+def blocks(page, language):
+    return re.findall(rf'^```{language}\n(.*?)^```', (HERE / page).read_text(), re.M | re.S)
+
+
+def test_the_snippets_of_the_pages_run():
+    for page in PAGES:
+        names = {}
+        for block in blocks(page, 'python'):
+            for long, brief in (('steps=1000', 'steps=2'), ('range(200)', 'range(2)'), ('range(45)', 'range(1)'),
+                                ('train=1000, test=500', 'train=50, test=20'), ('pairs=20', 'pairs=1')):
+                block = block.replace(long, brief)
+            exec(block, names)
+    assert Path('linear.jpg').exists() and Path('faces.png').exists() and Path('runs/own/traversal.jpg').exists()
+
+
+def test_the_commands_of_the_pages_parse_and_three_of_them_run(monkeypatch):
+    monkeypatch.setattr(betavae.Run, 'draw', lambda *_, **__: dict(collapsed=False))
+    lines = [line for page in PAGES for line in
+             [*''.join(blocks(page, 'sh')).splitlines(), *re.findall('`([^`]+)`', (HERE / page).read_text().replace('\n', ' '))]]
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith('python betavae.py') and '…' not in line]
+    training = [words for words in commands if not {'compare', 'photos.zip', 'S'} & {*words}]
+    for words in commands:
+        if words[:1] == ['compare']:
+            betavae.compare_parser().parse_args(words[1:])
+        elif 'S' not in words:
+            betavae.options(*words)
+    for line in lines:
+        if line.startswith('./run_all.sh'):
+            assert subprocess.run([HERE / 'run_all.sh', '--print', *shlex.split(line)[1:]], capture_output=True).returncode == 0
+    for k in range(3):
+        assert main(*training[k], '--steps', 5, '--run', k, '--batch', 8) == 0
 
 
 # The data sets ------------------------------------------------------------------------------------
