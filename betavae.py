@@ -411,9 +411,9 @@ def read_checkpoint(folder):
     try:
         state = torch.load(content, map_location='cpu', weights_only=True)
         return conform(state, checkpoint_form(state), 'it')
-    except MemoryError:
-        raise
     except Exception as error:                          # one of a dozen kinds, by what is broken
+        if isinstance(error, MemoryError) or 'memory' in str(error):
+            raise
         raise UserError(f'{path} is not a valid checkpoint ({type(error).__name__}: {error}); it '
                         f'is left as it is. To start over, delete {folder}') from None
 
@@ -423,14 +423,17 @@ def checkpoint_form(state):
     settings = options(**state['settings'])
     C, H, W = state['dataset']['shape']
     J = settings.latents
+    rows = len(state['log'])
+    if not ((C, H, W) in ((1, 64, 64), (3, 64, 64)) and 1 <= state['step'] <= 10 ** 9
+            and rows <= 1 + state['step'] // ROW and 0 <= state['seconds'] < math.inf
+            and max(map(len, state['frames'].values()), default=0) <= 8):
+        raise ValueError('a size, the step or the seconds')
     model = BetaVAE(C, J).requires_grad_(False).to(memory_format=torch.channels_last)
     adam = {i: dict(step=torch.tensor(0.0), exp_avg=p.data, exp_avg_sq=p.data)
             for i, p in enumerate(model.parameters())}
     frames = {int(step): torch.zeros(len(x), C, H, W, dtype=torch.uint8)
               for step, x in state['frames'].items()}
-    log = torch.zeros(len(state['log']), len(columns(J)), dtype=torch.float64)
-    if not (1 <= state['step'] <= 10 ** 9 and 0 <= state['seconds'] < math.inf):
-        raise ValueError('step or seconds out of range')
+    log = torch.zeros(rows, len(columns(J)), dtype=torch.float64)
     return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J), log=log,
                 frames=frames, settings=state['settings'], dataset=state['dataset'],
                 model=dict(model.state_dict()), adam=adam)
@@ -645,9 +648,9 @@ def draw(folder, model, settings, summary, log, frames, held_out):
     order = sorted(range(len(kl)), key=lambda j: -kl[j])
     shown = [j for j in order if kl[j] > ACTIVE][:12] or order[:1]
     labels = [f'{names[j]}, {kl[j]:.2f} nats' for j in shown]
-    notes = [f"{len(shown)} of {summary['active_latents']} active and {len(kl)} latents in all"]
+    notes = [f"{len(shown)} of {summary['active_latents']} active latents, {len(kl)} in all"]
     if 'mig' in summary:
-        notes.append("%: how much of that factor's entropy the latent knows")
+        notes.append("%: how much of that factor's entropy the latent's mean knows")
 
     eight = held_out[:8].cpu()                                              # (≤ 8, C, 64, 64)
     prior = means_of(model, fixed_noise(2, len(eight), len(kl)))
@@ -713,11 +716,12 @@ def compare(argv):
     for run in runs:
         label = run['label'] + (f", {run['steps']:,} steps" if run['steps'] else '')
         rows.setdefault(label, []).append(run)
+    shared = vars(options()).keys() - {'run', 'seed', 'steps', 'data'}
     for label, row in rows.items():
-        if len({run['seed'] for run in row}) < len(row) or len({
-                (run['device'], run['precision']) for run in row}) > 1:
+        if len({run['seed'] for run in row}) < len(row) or any(
+                run.get(name) != row[0].get(name) for run in row for name in shared):
             raise UserError(f"{', '.join(str(run['folder']) for run in row)} make a row, {label}: "
-                            'they must differ in the seed, and share device and precision')
+                            'they must differ in the seed, and in no other option')
     if args.pairs:
         for run in runs:
             score(run, args.pairs, args.factors, args.train)
@@ -874,8 +878,8 @@ def score(run, pairs, factors, train):
         encode = watched(codes[kind], 2 * L * (train + train // 2), f"{run['folder'].name} {name}")
         try:
             run[name] = metrics.disentanglement_score(
-                encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train, test=train // 2,
-                rng=np.random.default_rng(run['seed']))
+                encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train,
+                test=train // 2, rng=np.random.default_rng(run['seed']))
         except ValueError as error:
             raise UserError(f"{run['folder']}: {error}") from None
         scores = {name: value for name, value in run.items() if name.startswith('accuracy')}
@@ -1123,9 +1127,10 @@ def describe(settings):
     words = f'{kind} {end:g}'
     if s.anneal:
         words = f'{kind} {s.beta_from or 0:g} → {end:g} over {s.anneal:,}'
-    usual = dict(latents=usual_latents(s.data), leak=0.2, gamma=None, batch=64, lr=5e-4, warmup=0)
-    return ', '.join([words] + [f'{name} {getattr(s, name):g}' for name, value in usual.items()
-                                if getattr(s, name) not in (None, value)])
+    usual = vars(options(latents=usual_latents(s.data)))
+    return ', '.join([words] + [f'{name} {getattr(s, name):g}' for name in
+                                ('latents', 'leak', 'gamma', 'batch', 'lr', 'warmup')
+                                if getattr(s, name) not in (None, usual[name])])
 
 
 def has_bf16(device):

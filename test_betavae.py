@@ -1,5 +1,5 @@
 """Each test compares with something independent: torch.distributions, a closed form, a brute-force
-loop, genuine frames. In the order of the modules; DSPRITES_NPZ=… adds the official dSprites file."""
+loop, genuine frames. In the order of the modules. DSPRITES_NPZ=… adds the official dSprites."""
 import errno
 import hashlib
 import io
@@ -43,7 +43,9 @@ def toy(channels=1, sizes=(12, 12)):
     def draw(index):
         a, b = index // 12, index % 12
         at = torch.arange(64)
-        inside = lambda place: (at >= 5 * place[:, None]) & (at < 5 * place[:, None] + 9)       # noqa: E731
+
+        def inside(place):
+            return (at >= 5 * place[:, None]) & (at < 5 * place[:, None] + 9)
         images = inside(a)[:, None, :, None] & inside(b)[:, None, None, :]
         return (images * 200 + 20).to(torch.uint8).repeat(1, channels, 1, 1)
     return data.Dataset('toy', (channels, 64, 64), {'a': 12, 'b': 12}, draw)
@@ -56,7 +58,13 @@ def index_of(x):
 
 
 def train(steps=12, dataset=None, **options):
-    options = dict(latents=3, batch=16, precision='fp32', device='cpu', run='a', steps=steps) | options
+    options = dict(
+    latents=3,
+    batch=16,
+    precision='fp32',
+    device='cpu',
+    run='a',
+     steps=steps) | options
     return betavae.train(dataset or toy(), betavae.options(**options))
 
 
@@ -77,7 +85,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# The objective --------------------------------------------------------------------------------------
+# The objective ----------------------------------------------------------
 
 def test_kl_is_that_of_torch_distributions():
     mu, logvar = torch.randn(2, 50, 7, dtype=torch.float64)
@@ -97,12 +105,13 @@ def test_beta_1_is_the_negative_elbo():
 
 
 def test_schedules():
-    """yukunchen113/Beta-VAE has max(1, 100 − t/400) and max(1, 10000 − t/10), which reach 1 at steps
-    39,600 and 99,990; ours are linear over all of 40,000 and 100,000. Its rise is ours."""
+    """yukunchen113/Beta-VAE has max(1, 100 − t/400) and max(1, 10000 − t/10), which reach 1 at
+    steps 39,600 and 99,990; ours are linear over all of 40,000 and 100,000. Its rise is ours."""
     for t in (0, 1, 399, 20000, 39600, 39999, 40000, 50000, 99990, 100000, 125000):
         assert betavae.beta_at(t, 10, 0, 40000) == pytest.approx(min(10, t / 4000))
         assert betavae.beta_at(t, 1, 100, 40000) == pytest.approx(max(1, 100 - t * 99 / 40000))
-        assert betavae.beta_at(t, 1, 10000, 100000) == pytest.approx(max(1, 10000 - t * 9999 / 100000))
+        assert betavae.beta_at(t, 1, 10000, 100000) == pytest.approx(
+            max(1, 10000 - t * 9999 / 100000))
         assert abs(betavae.beta_at(t, 1, 100, 40000) - max(1, 100 - t / 400)) <= 1
         assert betavae.beta_at(t, 7) == 7
 
@@ -115,7 +124,8 @@ def brute_force_total_correlation(z, mu, logvar, n, weight):
         log_q = q.log_prob(z[i])                                                    # (M, J)
         w = torch.tensor([weight[0] if m == i else weight[1] for m in range(len(z))], dtype=z.dtype)
         joint = torch.log((w * log_q.sum(1).exp()).sum())
-        total = total + joint - sum(torch.log((w * log_q[:, j].exp()).sum()) for j in range(z.shape[1]))
+        total = total + joint - \
+            sum(torch.log((w * log_q[:, j].exp()).sum()) for j in range(z.shape[1]))
     return total / len(z)
 
 
@@ -138,24 +148,28 @@ def test_total_correlation_by_brute_force_unbiased_and_exact_for_the_whole_set()
 
 def test_linear_decoder_reaches_probabilistic_pca():
     """With a linear decoder the objective is PPCA of noise variance β/2: latent i survives where
-    λ_i > β/2, with ½ ln(2 λ_i / β) nats (Lucas et al. 2019). At the optimum that they give in closed
-    form the objective's gradient vanishes, and with one latent more or less it is higher."""
-    lambdas = torch.tensor([4e-6, 1e-6, 3e-7], dtype=torch.float64)          # the sigmoid is straight there
+    λ_i > β/2, with ½ ln(2 λ_i / β) nats (Lucas et al. 2019). At the optimum that they give in
+    closed form the objective's gradient vanishes, and with one latent more or less it is higher."""
+    lambdas = torch.tensor(
+        [4e-6, 1e-6, 3e-7], dtype=torch.float64)          # the sigmoid is straight there
     beta, n, d = 1e-6, 2000, 6
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0][:, :3]
     scores = torch.randn(n, 3, generator=generator, dtype=torch.float64)
-    scores = torch.linalg.qr(scores - scores.mean(0))[0] * math.sqrt(n)             # covariance exactly 1
+    # covariance exactly 1
+    scores = torch.linalg.qr(scores - scores.mean(0))[0] * math.sqrt(n)
     x = (0.5 + scores * lambdas.sqrt() @ basis.T).view(n, 1, 1, d)
     noise = torch.randn(n, 3, generator=generator, dtype=torch.float64)
-    noise = torch.linalg.qr(torch.cat([scores, noise], 1))[0][:, 3:] * math.sqrt(n) # uncorrelated too
+    noise = torch.linalg.qr(torch.cat([scores, noise], 1))[
+                            0][:, 3:] * math.sqrt(n) # uncorrelated too
 
     def loss_at(used):
         kept = (torch.arange(3) < used).double()
         gain = kept * (lambdas - beta / 2).clamp(min=0).sqrt()                      # of the decoder
         a = (gain / lambdas.sqrt()).requires_grad_()                                # μ = a · scores
         logvar = torch.log(1 - kept * (1 - beta / (2 * lambdas))).requires_grad_()
-        w = (4 * gain[:, None] * basis.T).requires_grad_()                          # 1/4: slope of sigmoid
+        # 1/4: slope of sigmoid
+        w = (4 * gain[:, None] * basis.T).requires_grad_()
 
         def network(x, noise):
             mu = scores * a
@@ -165,12 +179,21 @@ def test_linear_decoder_reaches_probabilistic_pca():
         loss.backward()
         return loss.item(), kl, max(p.grad.abs().max() for p in (a, logvar, w))
     best, kl, gradient = loss_at(2)
-    torch.testing.assert_close(kl, 0.5 * torch.log(2 * lambdas / beta).clamp(min=0), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+    kl,
+    0.5 *
+    torch.log(
+        2 *
+        lambdas /
+        beta).clamp(
+            min=0),
+            atol=1e-9,
+             rtol=0)
     assert gradient < 1e-2 * beta
     assert best < min(loss_at(1)[0], loss_at(0)[0])
 
 
-# Training: an independent run -----------------------------------------------------------------------
+# Training: an independent run -------------------------------------------
 
 class Plain:
     """The paper's algorithm as a reader would write it: plain layers, torch.distributions, Adam."""
@@ -184,9 +207,14 @@ class Plain:
             nn.Conv2d(32, 64, 4, 2, 1), relu(), nn.Conv2d(64, 64, 4, 2, 1), relu(), nn.Flatten(),
             nn.Linear(1024, 256), relu(), nn.Linear(256, 2 * J))
         self.decoder = nn.Sequential(
-            nn.Linear(J, 256), relu(), nn.Linear(256, 1024), relu(), nn.Unflatten(1, (64, 4, 4)),
-            nn.ConvTranspose2d(64, 64, 4, 2, 1), relu(), nn.ConvTranspose2d(64, 32, 4, 2, 1), relu(),
-            nn.ConvTranspose2d(32, 32, 4, 2, 1), relu(), nn.ConvTranspose2d(32, C, 4, 2, 1))
+    nn.Linear(
+        J, 256), relu(), nn.Linear(
+            256, 1024), relu(), nn.Unflatten(
+                1, (64, 4, 4)), nn.ConvTranspose2d(
+                    64, 64, 4, 2, 1), relu(), nn.ConvTranspose2d(
+                        64, 32, 4, 2, 1), relu(), nn.ConvTranspose2d(
+                            32, 32, 4, 2, 1), relu(), nn.ConvTranspose2d(
+                                32, C, 4, 2, 1))
         self.weights = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.adam = torch.optim.Adam(self.weights, fused=False, foreach=False)
 
@@ -214,7 +242,8 @@ class Plain:
         now = min(1, t / o['anneal']) if 'anneal' in o else 1
         start, end = o.get('beta_from', 0), o.get('capacity', o.get('beta', 1))
         now = start + now * (end - start)
-        recon, kl, q, z = self.terms(x, noise, o.get('likelihood', 'gaussian' if x.shape[1] == 3 else 'bernoulli'))
+        recon, kl, q, z = self.terms(x, noise, o.get(
+            'likelihood', 'gaussian' if x.shape[1] == 3 else 'bernoulli'))
         loss = recon + now * kl.sum()
         if 'capacity' in o:
             loss = recon + o['gamma'] * abs(kl.sum() - now)
@@ -285,13 +314,18 @@ def test_training_is_the_papers_algorithm(case, witness):
     given, run = witness(steps=13, **case)
     n = sum(k % 19 != 0 for k in range(144))                            # training images
     plain = Plain(run.dataset.shape[0], 3, case).load(run.steps[0]['weights'])
-    for t in range(5):                                                  # the first steps, on its own
+    for t in range(5):                                              # the first steps, on its own
         losses = plain.step(*given[t], t, n)
         torch.testing.assert_close(run.steps[t + 1]['losses'], losses, rtol=2e-6, atol=1e-6)
     for mine, theirs in zip(plain.weights, run.steps[5]['weights']):
         assert (mine - theirs).abs().max() < 5e-4 / 10
-    for t in (4, 8, 12):                    # in the ramp, at its end, past the warm-up: a step from there
-        plain = Plain(run.dataset.shape[0], 3, case).load(run.steps[t]['weights'], run.steps[t]['moments'])
+    for t in (4, 8, 12):                # a step from in the ramp, its end, past the warm-up
+        plain = Plain(
+    run.dataset.shape[0],
+    3,
+    case).load(
+        run.steps[t]['weights'],
+         run.steps[t]['moments'])
         losses = plain.step(*given[t], t, n)
         torch.testing.assert_close(run.steps[t + 1]['losses'], losses, rtol=2e-6, atol=1e-6)
         for mine, gradient, weights in zip(
@@ -308,17 +342,28 @@ def test_batches_are_training_images_all_of_them_and_normal_noise():
     assert x.dtype == torch.float32 and x.max() <= 1
     counts = torch.bincount(index_of(x), minlength=144)
     training = torch.arange(144) % 19 != 0
-    assert torch.equal(counts > 0, training)                            # 2560 draws of 136: none is missed
-    assert abs(counts[training].float().var() / counts[training].float().mean() - 1) < 0.4  # uniform
+    # 2560 draws of 136: none is missed
+    assert torch.equal(counts > 0, training)
+    assert abs(
+    counts[training].float().var() /
+    counts[training].float().mean() -
+     1) < 0.4  # uniform
     standard = noise.flatten().sort().values
     expected = Normal(0.0, 1.0).icdf((torch.arange(len(standard)) + 0.5) / len(standard))
     assert (standard - expected)[50:-50].abs().max() < 0.1
     assert np.abs(np.corrcoef(noise.T) - np.eye(5)).max() < 0.08
     again = betavae.batch(dataset, 3, 7, 64, 5, 'cpu')
     assert all(torch.equal(a, b) for a, b in zip(again, batches[7]))
-    others = [batches[8], betavae.batch(dataset, 4, 7, 64, 5, 'cpu'), betavae.batch(dataset, 7, 3, 64, 5, 'cpu')]
+    others = [
+    batches[8], betavae.batch(
+        dataset, 4, 7, 64, 5, 'cpu'), betavae.batch(
+            dataset, 7, 3, 64, 5, 'cpu')]
     for other in others:                                                # another step, another seed
-        assert not torch.equal(index_of(other[0]), index_of(again[0])) and not torch.equal(other[1], again[1])
+        assert not torch.equal(
+    index_of(
+        other[0]), index_of(
+            again[0])) and not torch.equal(
+                other[1], again[1])
 
 
 def test_the_first_weights_are_those_of_the_seed_and_of_plain_layers(witness):
@@ -334,7 +379,8 @@ def test_the_first_weights_are_those_of_the_seed_and_of_plain_layers(witness):
         assert len(mine) < 32 or abs(mine.std() / theirs.std() - 1) < 0.25
     torch.manual_seed(1)
     train(1)
-    assert torch.equal(torch.rand(1), before)                           # the global state is left alone
+    # the global state is left alone
+    assert torch.equal(torch.rand(1), before)
 
 
 def test_shapes_and_wrong_input():
@@ -352,7 +398,7 @@ def test_shapes_and_wrong_input():
             assert a.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.02
 
 
-# A run's figures and pictures, recomputed from its checkpoint ----------------------------------------
+# A run's figures and pictures, recomputed from its checkpoint -----------
 
 @pytest.fixture
 def short(monkeypatch):
@@ -368,7 +414,11 @@ def plain_of(run='a', C=1, J=3, **options):
 def held_out_images(dataset, n):
     """By the rule: every 19th, in the order in which a run sees them."""
     index = dataset.held_out(n)
-    assert set(index) <= {k for k in range(len(dataset)) if k % 19 == 0} and len(set(index)) == len(index)
+    assert set(index) <= {
+    k for k in range(
+        len(dataset)) if k %
+        19 == 0} and len(
+            set(index)) == len(index)
     return torch.from_numpy(dataset.images(index)) / 255
 
 
@@ -384,7 +434,8 @@ def read(*path):
     return json.loads(Path(*path).read_text())
 
 
-@pytest.mark.parametrize('options', [dict(beta=5, anneal=20), dict(tc=True, beta=3), dict(capacity=4, gamma=9)])
+@pytest.mark.parametrize('options', [dict(beta=5, anneal=20),
+                         dict(tc=True, beta=3), dict(capacity=4, gamma=9)])
 def test_each_column_of_the_log(options, short, monkeypatch):
     notes, record = [], betavae.Run.record
 
@@ -398,19 +449,21 @@ def test_each_column_of_the_log(options, short, monkeypatch):
     assert log['step'].tolist() == [5, 10, 12]
     for row, (start, end) in zip(log, ((0, 5), (5, 10), (10, 12))):
         expected = np.mean([note[1:] for note in notes[start:end]], 0)
-        np.testing.assert_allclose([row[name] for name in ('loss', 'recon', 'kl', 'kl_0', 'kl_1', 'kl_2')],
-                                   expected, rtol=1e-5)
+        np.testing.assert_allclose([row[name] for name in (
+            'loss', 'recon', 'kl', 'kl_0', 'kl_1', 'kl_2')], expected, rtol=1e-5)
         assert row['beta'] == pytest.approx(notes[end - 1][0])
     assert (np.diff(log['seconds'], prepend=0) > 0).all()
     assert log['seconds'][-1] == pytest.approx(state()['seconds'])
 
     dataset = toy()
-    x = held_out_images(dataset, 1000)                                  # all 8 of them: of 144 images
+    # all 8 of them: of 144 images
+    x = held_out_images(dataset, 1000)
     with torch.no_grad():
         recon, kl, q, z = plain_of().terms(x, noise(len(x), 3), 'bernoulli')
     beta = notes[-1][0]
     n = 144 - 8
-    tc = brute_force_total_correlation(z, q.mean, 2 * q.stddev.log(), n, (1 / n, (n - 1) / n / (len(x) - 1)))
+    tc = brute_force_total_correlation(
+        z, q.mean, 2 * q.stddev.log(), n, (1 / n, (n - 1) / n / (len(x) - 1)))
     loss = (recon + kl.sum() + (beta - 1) * tc if 'tc' in options else
             recon + 9 * abs(kl.sum() - beta) if 'capacity' in options else recon + beta * kl.sum())
     np.testing.assert_allclose([log[f'held_out_{name}'][-1] for name in ('loss', 'recon', 'kl')],
@@ -420,7 +473,18 @@ def test_each_column_of_the_log(options, short, monkeypatch):
 def test_held_out_rows_use_125_images_and_summaries_1000(short, monkeypatch):
     sizes = []
     evaluate, summarise = betavae.evaluate, betavae.summarise
-    monkeypatch.setattr(betavae, 'evaluate', lambda m, x, *a: sizes.append(len(x)) or evaluate(m, x, *a))
+    monkeypatch.setattr(
+    betavae,
+    'evaluate',
+    lambda m,
+    x,
+    *
+    a: sizes.append(
+        len(x)) or evaluate(
+            m,
+            x,
+            *
+            a))
     monkeypatch.setattr(betavae, 'summarise', lambda *a: sizes.append(len(a[4])) or summarise(*a))
     big = data.Dataset('big', (1, 64, 64), {}, toy().draw, size=20000)
     big.draw = lambda index: toy().draw(index % 144)
@@ -429,7 +493,8 @@ def test_held_out_rows_use_125_images_and_summaries_1000(short, monkeypatch):
 
 
 def test_each_field_of_the_summary(short, monkeypatch):
-    monkeypatch.setattr(betavae, 'ACTIVE', 0.5)                         # so that some are, and some not
+    # so that some are, and some not
+    monkeypatch.setattr(betavae, 'ACTIVE', 0.5)
     train(30, beta=2)
     summary, log = read('a/summary.json'), read_log()
     dataset = toy()
@@ -451,7 +516,8 @@ def test_each_field_of_the_summary(short, monkeypatch):
     assert summary['largest_mean_standard_error'] == pytest.approx(
         q.mean[:, by_mean].std().item() / len(x) ** 0.5, rel=1e-3)
     assert summary['train_reconstruction'] == pytest.approx(log['recon'][-1], rel=1e-6)
-    assert summary['train_kl'] == pytest.approx(log['kl'][-1], rel=1e-6) and summary['last_beta'] == 2
+    assert summary['train_kl'] == pytest.approx(
+        log['kl'][-1], rel=1e-6) and summary['last_beta'] == 2
     pace = 16 * 5 / np.diff(log['seconds'], prepend=0)
     assert summary['images_per_second'] == pytest.approx(np.median(pace), rel=1e-4)
     assert summary['linear_latents'] is None and summary['dataset'] == dataset.identity()
@@ -466,7 +532,8 @@ def test_each_field_of_the_summary(short, monkeypatch):
     assert summary['top_latent_by_mean'] == summary['latent_names'][by_mean]
     _, information = metrics.mutual_information_gap(mu, factors, 20)
     for k, name in enumerate('ab'):
-        assert summary[f'share of {name}'] == pytest.approx(information[:, k].max() / math.log(12), abs=1e-3)
+        assert summary[f'share of {name}'] == pytest.approx(
+            information[:, k].max() / math.log(12), abs=1e-3)
     assert len(summary['dimension_wise_kl']) == 3 and summary['mig_samples'] != summary['mig']
     settings = read('a/settings.json')
     assert settings['beta'] == 2 and settings['batch'] == 16 and 'run' not in settings
@@ -474,14 +541,16 @@ def test_each_field_of_the_summary(short, monkeypatch):
 
 def test_a_collapsed_run_says_so_and_a_young_one_does_not(capsys, monkeypatch):
     train(2)
-    assert read('a/summary.json')['collapsed'] is False and 'collapsed' not in capsys.readouterr().out
+    assert read(
+        'a/summary.json')['collapsed'] is False and 'collapsed' not in capsys.readouterr().out
     kept = state()
     kept['model']['posterior.weight'].zero_()
     kept['model']['posterior.bias'].zero_()
     kept['step'] = 1000
     kept['log'][-1, 0] = 1000
     torch.save(kept, 'a/checkpoint.pt')
-    train(1000)                                                         # trains nothing: it is there
+    # trains nothing: it is there
+    train(1000)
     summary = read('a/summary.json')
     assert summary['collapsed'] and summary['kl'] == 0 and summary['active_latents'] == 0
     assert summary['latent_names'] == ['z0', 'z1', 'z2'] and 'collapsed' in capsys.readouterr().out
@@ -510,7 +579,8 @@ def test_pictures_show_what_they_say(monkeypatch):
             rows[row, :, j] = torch.linspace(-3, 3, 8)
 
         def pixels(codes):
-            return plain.decoder(codes.reshape(-1, 3)).sigmoid().reshape(*codes.shape[:-1], 1, 64, 64) * 255
+            return plain.decoder(codes.reshape(-1, 3)).sigmoid().reshape(* \
+                                 codes.shape[:-1], 1, 64, 64) * 255
         (seen, *_), (grid, labels, *_), (tops, *_) = sheets[:3]
         assert (seen[0] - x[:8] * 255).abs().max() == 0
         assert (seen[1] - pixels(mu[:8])).abs().max() <= 1
@@ -518,17 +588,32 @@ def test_pictures_show_what_they_say(monkeypatch):
         assert (grid - pixels(rows)).abs().max() <= 1 and (tops - pixels(top)).abs().max() <= 1
     assert [label[:2] for label in labels] == [f'z{j}' for j in order]
     assert labels[0].endswith(f'{kl[order[0]]:.2f} nats')
-    assert {path.name for path in Path('a').iterdir()} == {
-        'checkpoint.pt', 'curves.png', 'log.csv', 'reconstructions.jpg', 'settings.json', 'summary.json',
-        'top_latent.jpg', 'training.gif', 'traversal.gif', 'traversal.jpg'}
-    assert Image.open('a/training.gif').n_frames == 5                   # of steps 1, 3, 10, 30 and 40
+    assert {
+    path.name for path in Path('a').iterdir()} == {
+        'checkpoint.pt',
+        'curves.png',
+        'log.csv',
+        'reconstructions.jpg',
+        'settings.json',
+        'summary.json',
+        'top_latent.jpg',
+        'training.gif',
+        'traversal.gif',
+         'traversal.jpg'}
+    # of steps 1, 3, 10, 30 and 40
+    assert Image.open('a/training.gif').n_frames == 5
     assert Image.open('a/traversal.gif').n_frames == 16
 
 
 def test_spectrum_and_what_a_linear_decoder_would_use(capsys):
     """Images along two directions of known variance."""
-    directions = torch.linalg.qr(torch.randn(64 * 64, 2, generator=torch.Generator().manual_seed(0)))[0]
-    scores = torch.randn(5000, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([6.0, 2.0])
+    directions = torch.linalg.qr(
+    torch.randn(
+        64 * 64,
+        2,
+         generator=torch.Generator().manual_seed(0)))[0]
+    scores = torch.randn(5000, 2, generator=torch.Generator().manual_seed(1)) * \
+                         torch.tensor([6.0, 2.0])
 
     def draw(index):
         x = 0.5 + scores[index % 5000] @ directions.T
@@ -540,13 +625,17 @@ def test_spectrum_and_what_a_linear_decoder_would_use(capsys):
     for beta, count in ((1, 2), (7, 2), (9, 1), (70, 1), (80, 0)):
         s = betavae.options(beta=beta, likelihood='gaussian', latents=5)
         assert betavae.linear_latents(dataset, s) == count
-    assert betavae.linear_latents(dataset, betavae.options(likelihood='bernoulli', latents=5)) is None
+    assert betavae.linear_latents(
+    dataset,
+    betavae.options(
+        likelihood='bernoulli',
+         latents=5)) is None
     train(1, dataset=dataset, beta=9, likelihood='gaussian')
     out = capsys.readouterr().out
     assert 'about 1 of 3 latents at β = 9' in out and 'none from β = 7' in out
 
 
-# A run's folder --------------------------------------------------------------------------------------
+# A run's folder ---------------------------------------------------------
 
 def test_a_cut_run_equals_an_uncut_one_bit_for_bit(capsys, short):
     options = dict(beta=4, beta_from=1, anneal=15, warmup=8)
@@ -556,13 +645,15 @@ def test_a_cut_run_equals_an_uncut_one_bit_for_bit(capsys, short):
     assert 'resuming from step 12' in capsys.readouterr().out
     a, b = state('a'), state('cut')
     assert same(a['model'], b['model']) and all(same(a['adam'][i], b['adam'][i]) for i in a['adam'])
-    assert torch.equal(a['log'][:, :-1], b['log'][:, :-1]) and read_log('cut')['step'].tolist() == [5, 10, 15, 20, 21]
+    assert torch.equal(a['log'][:, :-1], b['log'][:, :-1]
+                       ) and read_log('cut')['step'].tolist() == [5, 10, 15, 20, 21]
     assert Path('a/training.gif').read_bytes() == Path('cut/training.gif').read_bytes()
 
 
 def test_views_are_never_read_and_made_again(short):
     train(7)
-    views = {path: path.read_bytes() for path in Path('a').iterdir() if path.name != 'checkpoint.pt'}
+    views = {path: path.read_bytes() for path in Path(
+        'a').iterdir() if path.name != 'checkpoint.pt'}
     for path in views:
         path.write_bytes(b'nonsense')
     before = state()['model']
@@ -593,7 +684,8 @@ def test_a_stopped_run_saves_resumes_and_can_end_where_it_is(name, monkeypatch, 
             signal.raise_signal(getattr(signal, name))
         return batch(dataset, seed, step, *rest)
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match='stopped at step 7,.*--steps 7'):
+    with monkeypatch.context() as patch, pytest.raises(
+            KeyboardInterrupt, match='stopped at step 7,.*--steps 7'):
         patch.setattr(betavae, 'batch', interrupt)
         train(9)
     assert signal.getsignal(signal.SIGTERM) is before and state()['step'] == 7
@@ -620,20 +712,33 @@ def test_an_ignored_hangup_is_left_ignored(monkeypatch):
 
 def Witness_arguments(folder):
     """What `train` makes a Run of."""
-    s = betavae.settle(betavae.options(latents=3, batch=16, precision='fp32', device='cpu', run=folder), toy())
+    s = betavae.settle(
+    betavae.options(
+        latents=3,
+        batch=16,
+        precision='fp32',
+        device='cpu',
+        run=folder),
+         toy())
     model = betavae.initial_model(s, 1)
-    return s, toy(), model, torch.optim.Adam(model.parameters(), fused=True), dict(likelihood='bernoulli')
+    return s, toy(), model, torch.optim.Adam(
+    model.parameters(), fused=True), dict(
+        likelihood='bernoulli')
 
 
 def test_killed_at_any_moment_it_ends_as_an_unbroken_run():
     """kill -9 at random moments, checkpoints every moment, also in the middle of writing one."""
-    program = (f'import sys; sys.path.insert(0, {str(HERE)!r}); import test_betavae as t; t.betavae.SAVE_SECONDS = 0; '
-               't.betavae.ROW = 5; t.torch.set_num_threads(1); t.train(26, run="killed")')
+    program = (
+    f'import sys; sys.path.insert(0, {str(HERE)!r}); import test_betavae as t; '
+        't.betavae.SAVE_SECONDS = 0; '
+    't.betavae.ROW = 5; t.torch.set_num_threads(1); t.train(26, run="killed")')
     rng, kills = np.random.default_rng(0), 0
     for _ in range(20):
-        process = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, '-c', program],
+                                   stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if line.startswith('step') and kills < 2:                   # it trains: kill it in a moment
+            if line.startswith(
+                'step') and kills < 2:                   # it trains: kill it in a moment
                 time.sleep(rng.uniform(0, 0.2))
                 process.kill()
                 kills += 1
@@ -661,26 +766,33 @@ class Evil:
         return Path.touch, (Path('executed'),)
 
 
-FOREIGN = {
-    'empty': lambda good: b'', 'cut': lambda good: good[:-100], 'noise': lambda good: bytes(range(256)) * 20,
-    'another object': lambda good: altered(lambda s: s.clear()),
-    'code': lambda good: altered(lambda s: s.update(settings=Evil())),
-    **{f'{name} = {value!r}': lambda good, name=name, value=value: altered(lambda s: s.update({name: value}))
-       for name, value in [('step', 3.0), ('step', -1), ('step', 10 ** 30), ('step', '3'), ('seconds', math.nan),
-                           ('seconds', None), ('beta', '4'), ('log', []), ('log', torch.zeros(2, 3)),
-                           ('frames', {'x': torch.zeros(1)}), ('frames', {1: torch.zeros(8, 1, 64, 64)}),
-                           ('settings', {}), ('settings', {'beta': -1}), ('settings', {'help': True}),
-                           ('dataset', {}), ('dataset', {'shape': [5, 64, 64]}), ('recent', torch.zeros(1)),
-                           ('model', {}), ('adam', {}), ('extra', 1)]},
-    'wrong weights': lambda good: altered(lambda s: s['model'].update({'posterior.bias': torch.zeros(1)})),
-    'NaN weights': lambda good: altered(lambda s: s['model']['posterior.bias'].fill_(math.nan)),
-    'half weights': lambda good: altered(lambda s: s['model'].update(
-        {'posterior.bias': s['model']['posterior.bias'].half()})),
-    'short moments': lambda good: altered(lambda s: s['adam'][0].update(exp_avg=torch.zeros(1), exp_avg_sq=torch.zeros(1))),
-    'negative moments': lambda good: altered(lambda s: s['adam'][0]['exp_avg_sq'].fill_(-1)),
-    'infinite moments': lambda good: altered(lambda s: s['adam'][0]['exp_avg'].fill_(math.inf)),
-    'NaN log': lambda good: altered(lambda s: s['log'].fill_(math.nan)),
-}
+OTHER_BYTES = [lambda good: b'', lambda good: good[:-100], lambda good: bytes(range(256)) * 20]
+OTHER_ENTRIES = [
+    dict(step=3.0), dict(step=-1), dict(step=10 ** 30), dict(step='3'), dict(seconds=math.nan),
+    dict(seconds=None), dict(beta='4'), dict(log=[]), dict(log=torch.zeros(2, 3)),
+    dict(log=torch.zeros(1).expand(10 ** 10, 12)), dict(frames={'x': torch.zeros(1)}),
+    dict(frames={1: torch.zeros(8, 1, 64, 64)}),
+    dict(frames={1: torch.zeros(1, dtype=torch.uint8).expand(10 ** 9, 1, 64, 64)}),
+    dict(recent=torch.zeros(1)), dict(settings={}), dict(settings={'beta': -1}),
+    dict(settings={'help': True}), dict(settings=Evil()), dict(dataset={}),
+    dict(dataset={'shape': [5, 64, 64]}), dict(model={}), dict(adam={}), dict(extra=1)]
+OTHER_TENSORS = [
+    ('model', 'posterior.bias', lambda t: t[:1]), ('model', 'posterior.bias', lambda t: t.half()),
+    ('model', 'posterior.bias', lambda t: t * math.nan),
+    ('model', 'posterior.bias', lambda t: t.tolist()),
+    ('adam', 'exp_avg', lambda t: t.flatten()[:1]), ('adam', 'exp_avg', lambda t: t / 0),
+    ('adam', 'exp_avg_sq', lambda t: -1 - t), ('adam', 'step', lambda t: t * math.nan)]
+
+
+def spoil(kept, part, name, change):
+    of = kept['adam'][0] if part == 'adam' else kept[part]
+    of[name] = change(of[name])
+
+
+FOREIGN = [*OTHER_BYTES,
+           *[lambda good, e=e: altered(lambda kept: kept.update(e)) for e in OTHER_ENTRIES],
+           *[lambda good, t=t: altered(lambda kept: spoil(kept, *t)) for t in OTHER_TENSORS],
+           lambda good: altered(lambda kept: kept.clear())]
 
 
 @pytest.fixture(scope='module')
@@ -691,14 +803,14 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('change', FOREIGN)
+@pytest.mark.parametrize('change', range(len(FOREIGN)))
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_a_broken_or_foreign_checkpoint_is_refused_and_kept(change, trained):
     shutil.copytree(trained, 'a')
     content = FOREIGN[change](Path('a/checkpoint.pt').read_bytes())
     Path('a/checkpoint.pt').write_bytes(content)
     for call in (lambda: train(5), lambda: betavae.load('a')):
-        with pytest.raises(data.UserError, match='a/checkpoint.pt is not a valid checkpoint .*delete a$'):
+        with pytest.raises(data.UserError, match='a/checkpoint.pt is not a valid .*delete a$'):
             call()
     assert Path('a/checkpoint.pt').read_bytes() == content and not Path('executed').exists()
 
@@ -707,8 +819,11 @@ def test_overlapping_or_transposed_moments_are_laid_out_anew(trained):
     """Adam's fused kernel takes the layout of the weights for granted."""
     shutil.copytree(trained, 'a')
     shutil.copytree(trained, 'b')
-    content = altered(lambda s: [m.update(exp_avg=m['exp_avg'].contiguous(), exp_avg_sq=m['exp_avg_sq'].contiguous())
-                                 for m in s['adam'].values()])
+    content = altered(
+    lambda s: [
+        m.update(
+            exp_avg=m['exp_avg'].contiguous(),
+             exp_avg_sq=m['exp_avg_sq'].contiguous()) for m in s['adam'].values()])
     Path('a/checkpoint.pt').write_bytes(content)
     train(6, run='a')
     train(6, run='b')
@@ -748,9 +863,10 @@ def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, ca
         with pytest.raises(OSError, match='No space left'):
             train(6)
     assert Path('a/checkpoint.pt').read_bytes() == before and not list(Path('a').glob('*.partial'))
-    for error, expected in ((PermissionError(errno.EACCES, 'Permission denied', 'x'), 'Permission denied: x'),
-                            (MemoryError(), 'not enough memory'),
-                            (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'not enough memory')):
+    denied = PermissionError(errno.EACCES, 'Permission denied', 'x')
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error, expected in ((denied, 'Permission denied: x'), (MemoryError(), 'not enough memory'),
+                            (full, 'not enough memory')):
         with monkeypatch.context() as patch:
             patch.setattr(betavae, 'train', lambda *_, error=error: (_ for _ in ()).throw(error))
             assert main() == 1
@@ -769,7 +885,8 @@ def test_what_is_not_finite_stops_the_run_is_named_and_not_saved(trained, monkey
     with monkeypatch.context() as patch, pytest.raises(FloatingPointError) as stop:
         patch.setattr(betavae, 'kl_per_latent', spoilt)
         train(6)
-    assert str(stop.value).startswith('the loss, the KL of z2 is not finite at step 4; a/checkpoint.pt')
+    assert str(stop.value).startswith(
+        'the loss, the KL of z2 is not finite at step 4; a/checkpoint.pt')
     assert Path('a/checkpoint.pt').read_bytes() == before
     step = torch.optim.Adam.step
 
@@ -777,13 +894,14 @@ def test_what_is_not_finite_stops_the_run_is_named_and_not_saved(trained, monkey
         step(self, *rest)
         self.state[self.param_groups[0]['params'][0]][what].fill_(math.inf)
     for what in ('exp_avg', 'exp_avg_sq'):
-        with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match='moment of Adam .*nothing was'):
+        with monkeypatch.context() as patch, pytest.raises(
+                FloatingPointError, match='moment of Adam .*nothing was'):
             patch.setattr(torch.optim.Adam, 'step', spoil)
             train(1, run='b')
         assert not Path('b/checkpoint.pt').exists()
 
 
-# Finished runs ---------------------------------------------------------------------------------------
+# Finished runs ----------------------------------------------------------
 
 @pytest.fixture
 def known(monkeypatch):
@@ -798,19 +916,43 @@ def known(monkeypatch):
 
 def cells(path):
     """A Markdown table as rows of strings, without the dashes."""
-    rows = [[cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]] for line in Path(path).read_text().splitlines()]
+    rows = [[cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]]
+                        for line in Path(path).read_text().splitlines()]
     return [rows[0], *rows[2:]]
 
 
 def test_compare_tables_scores_and_charts(known, capsys, monkeypatch):
-    small = ['--latents', 3, '--batch', 16, '--precision', 'fp32', '--steps', 4, '--likelihood', 'gaussian']
+    small = [
+    '--latents',
+    3,
+    '--batch',
+    16,
+    '--precision',
+    'fp32',
+    '--steps',
+    4,
+    '--likelihood',
+     'gaussian']
     for run, options in dict(a=['--seed', 0], b=['--seed', 1], c=['--beta', 50]).items():
         assert main('--run', f'runs/{run}', *small, *options) == 0
     runs = [f'runs/{run}' for run in 'abc']
     asked = []
     score = metrics.disentanglement_score
-    monkeypatch.setattr(metrics, 'disentanglement_score', lambda encode, sizes, **k: asked.append(k) or score(encode, sizes, **k))
-    command = ['compare', *runs, '--pairs', '2,1', '--factors', 2, '--train', 60, '--chart', 'beta:kl', '--chart', 'kl:mig']
+    monkeypatch.setattr(metrics, 'disentanglement_score', lambda encode, sizes,
+                        **k: asked.append(k) or score(encode, sizes, **k))
+    command = [
+    'compare',
+    *runs,
+    '--pairs',
+    '2,1',
+    '--factors',
+    2,
+    '--train',
+    60,
+    '--chart',
+    'beta:kl',
+    '--chart',
+     'kl:mig']
     assert main(*command) == 0
     summaries = [read(run, 'summary.json') for run in runs]
     scores = [read(run, 'scores.json') for run in runs]
@@ -819,10 +961,12 @@ def test_compare_tables_scores_and_charts(known, capsys, monkeypatch):
     for k, name in enumerate(head[2:6], 2):
         a, b, c = (summary[name.replace(' ', '_')] for summary in summaries)
         mean, low, high = (float(word) for word in re.findall(r'[\d.]+', first[k]))
-        assert mean == pytest.approx((a + b) / 2, rel=1e-3) and (low, high) == pytest.approx((min(a, b), max(a, b)), rel=1e-3)
+        assert mean == pytest.approx((a + b) / 2, rel=1e-3) and (low,
+                                     high) == pytest.approx((min(a, b), max(a, b)), rel=1e-3)
         assert float(second[k]) == pytest.approx(c, rel=1e-3)
     x = (toy().images(toy().train_index(np.arange(136))) / 255).reshape(136, -1)
-    variances = np.linalg.eigvalsh((x - x.mean(0)) @ (x - x.mean(0)).T / 136)     # of all training images
+    variances = np.linalg.eigvalsh(
+        (x - x.mean(0)) @ (x - x.mean(0)).T / 136)     # of all training images
     above = [min(3, int((variances > beta / 2).sum())) for beta in (1, 1, 50)]
     assert len({*above}) > 1
     assert [summary['linear_latents'] for summary in summaries] == above
@@ -830,23 +974,39 @@ def test_compare_tables_scores_and_charts(known, capsys, monkeypatch):
     head, first, _ = cells('runs/factors.md')
     assert head[2:] == ['share of a', 'share of b'] and first[2].endswith('%)')
     head, first, _ = cells('runs/metric.md')
-    names = ['accuracy_K2_L1_N60', 'accuracy_K2_L1_N60_samples', 'accuracy_K2_L2_N60', 'accuracy_K2_L2_N60_samples']
-    assert head[2:] == [name.replace('_', ' ') for name in names] == [n.replace('_', ' ') for n in scores[0]['scores']]
-    assert float(first[2].split('%')[0]) == pytest.approx(50 * sum(s['scores'][names[0]] for s in scores[:2]), abs=0.06)
+    names = [
+    'accuracy_K2_L1_N60',
+    'accuracy_K2_L1_N60_samples',
+    'accuracy_K2_L2_N60',
+     'accuracy_K2_L2_N60_samples']
+    assert head[2:] == [name.replace('_', ' ') for name in names] == [
+                                     n.replace('_', ' ') for n in scores[0]['scores']]
+    assert float(first[2].split('%')[0]) == pytest.approx(
+        50 * sum(s['scores'][names[0]] for s in scores[:2]), abs=0.06)
     # The metric itself: means of an encoder, by hand, with the seed of the run.
     plain = plain_of('runs/b')
     with torch.no_grad():
-        mu, logvar = (part.numpy() for part in plain.encoder(torch.from_numpy(toy().images(np.arange(144))) / 255).split(3, 1))
+        mu, logvar = (part.numpy() for part in plain.encoder(
+            torch.from_numpy(toy().images(np.arange(144))) / 255).split(3, 1))
     z = mu + np.exp(logvar / 2) * np.random.default_rng(1).standard_normal(mu.shape, np.float32)
     for codes, name in ((mu, names[2]), (z, names[3])):
-        expected = score(lambda i, codes=codes: codes[i], (12, 12), pairs=2, train=60, test=30, rng=np.random.default_rng(1))
+        expected = score(
+    lambda i,
+    codes=codes: codes[i],
+    (12,
+    12),
+    pairs=2,
+    train=60,
+    test=30,
+     rng=np.random.default_rng(1))
         assert scores[1]['scores'][name] == pytest.approx(expected, abs=0.04)
     assert all(list(k['factors']) == [0, 1] and k['test'] == 30 for k in asked) and len(asked) == 12
     for name in ('comparison.jpg', 'spectrum.png', 'metric.png', 'beta-kl.png', 'kl-mig.png'):
         Image.open(f'runs/{name}').load()
     assert main(*command) == 0 and len(asked) == 12                     # nothing is computed twice
     capsys.readouterr()
-    Path('runs/a/checkpoint.pt').unlink()                               # published: tables, no pictures
+    # published: tables, no pictures
+    Path('runs/a/checkpoint.pt').unlink()
     assert main('compare', *runs) == 0 and 'no pictures' in capsys.readouterr().out
     assert main('compare', *runs, '--pairs', 5) == 2
     kept = read('runs/b/scores.json')
@@ -856,8 +1016,17 @@ def test_compare_tables_scores_and_charts(known, capsys, monkeypatch):
 
 def test_the_last_factors_are_chosen(known, monkeypatch):
     chosen = []
-    monkeypatch.setattr(metrics, 'disentanglement_score', lambda *a, factors, **k: chosen.append(list(factors)) or 0.5)
-    run = dict(folder=Path('a'), label='x', steps=1, weights='', seed=0, data='toy', crop=None, precision='fp32')
+    monkeypatch.setattr(metrics, 'disentanglement_score', lambda *a,
+                        factors, **k: chosen.append(list(factors)) or 0.5)
+    run = dict(
+    folder=Path('a'),
+    label='x',
+    steps=1,
+    weights='',
+    seed=0,
+    data='toy',
+    crop=None,
+     precision='fp32')
     three = data.Dataset('toy', (1, 64, 64), {'a': 3, 'b': 4, 'c': 12}, toy().draw)
     monkeypatch.setattr(betavae, 'dataset_of', lambda run: three)
     monkeypatch.setattr(betavae, 'encoders', lambda *_: {'': None, '_samples': None})
@@ -880,9 +1049,19 @@ def test_runs_that_cannot_be_compared(known, capsys, monkeypatch):
         assert error.startswith('betavae: ') and error.count('\n') == 1
         return error
     assert 'differ in the seed' in refused('a', 'b')
+    assert main('--run', 'g', *small, '--likelihood', 'gaussian', '--seed', 1) == 0
+    capsys.readouterr()
+    assert 'in no other option' in refused('a', 'g')
     assert 'no run has both' in refused('a', '--chart', 'beta:nothing')
     summary = read('b/summary.json')
-    for change in (dict(label=3), dict(steps='2'), dict(dataset=[]), dict(kl='x'), dict(weights=None), dict(steps=1)):
+    for change in (
+    dict(
+        label=3), dict(
+            steps='2'), dict(
+                dataset=[]), dict(
+                    kl='x'), dict(
+                        weights=None), dict(
+                            steps=1)):
         Path('b/summary.json').write_text(json.dumps(summary | change))
         if 'kl' in change:
             assert main('compare', 'b') == 0 and 'x' in capsys.readouterr().out
@@ -897,66 +1076,103 @@ def test_runs_that_cannot_be_compared(known, capsys, monkeypatch):
     changed.draw = lambda index: 255 - toy().draw(index)
     monkeypatch.setattr(betavae, 'load_data', lambda *_: changed)
     assert 'other images' in refused('a', '--pairs', '1')
-    monkeypatch.setattr(betavae, 'load_data', lambda *_: (_ for _ in ()).throw(data.UserError('gone')))
+    monkeypatch.setattr(betavae, 'load_data', lambda *_: (_ for _ in ()
+                        ).throw(data.UserError('gone')))
     assert 'new --data' in refused('a', '--pairs', '1')
 
 
 def test_labels_tell_runs_apart_and_not_by_their_seed():
     def label(**options):
-        s = betavae.settle(betavae.options(device='cpu', precision='fp32', **options), data.load('faces'))
+        s = betavae.settle(
+    betavae.options(
+        device='cpu',
+        precision='fp32',
+        **options),
+         data.load('faces'))
         return betavae.describe(s), s.run
-    assert label() == ('β 1', 'runs/faces-beta-1') and label(seed=3) == ('β 1', 'runs/faces-beta-1-seed-3')
-    assert label(beta=100, anneal=40000) == ('β 0 → 100 over 40,000', 'runs/faces-beta-0-100-over-40000')
+    assert label() == ('β 1', 'runs/faces-beta-1')
+    assert label(seed=3) == ('β 1', 'runs/faces-beta-1-seed-3')
+    assert label(
+    beta=100,
+    anneal=40000) == (
+        'β 0 → 100 over 40,000',
+         'runs/faces-beta-0-100-over-40000')
     assert label(tc=True, beta=6)[0] == 'TC β 6' and label(capacity=25)[0] == 'C 25, gamma 1000'
-    assert label(latents=6, leak=0, batch=8, lr=1e-3, warmup=5)[0] == 'β 1, latents 6, leak 0, batch 8, lr 0.001, warmup 5'
+    assert label(
+    latents=6,
+    leak=0,
+    batch=8,
+    lr=1e-3,
+     warmup=5)[0] == 'β 1, latents 6, leak 0, batch 8, lr 0.001, warmup 5'
 
 
 def test_the_baselines_are_codes_of_the_images(monkeypatch, capsys):
     values = np.random.default_rng(0).integers(256, size=(144, 1, 64, 64), dtype=np.uint8)
-    dataset = data.Dataset('toy', (1, 64, 64), {'a': 12, 'b': 12}, lambda index: torch.from_numpy(values)[index])
+    dataset = data.Dataset(
+    'toy', (1, 64, 64), {
+        'a': 12, 'b': 12}, lambda index: torch.from_numpy(values)[index])
     dataset.source = 'dsprites'
     every, drawn = np.arange(144), []
 
-    def projection(x, rng=None):                                        # that of PCA and ICA is tested below
+    def projection(x, rng=None):                    # those of PCA and ICA are tested below
         drawn.append(x)
         return x.mean(0), np.eye(4096)[:, :10]
     monkeypatch.setattr(metrics, 'pca', projection)
     monkeypatch.setattr(metrics, 'fast_ica', projection)
-    codes = {label: betavae.baseline(label, dataset, np.random.default_rng(0))(every) for label in betavae.BASELINES}
+    codes = {
+    label: betavae.baseline(
+        label,
+        dataset,
+         np.random.default_rng(0))(every) for label in betavae.BASELINES}
     np.testing.assert_allclose(codes['ground truth'][143], [11 / 12, 11 / 12])
     np.testing.assert_allclose(codes['raw pixels'], values.reshape(144, -1) / 255, rtol=1e-6)
     for label, x in zip(('PCA', 'ICA'), drawn, strict=True):
         assert x.shape == (10000, 4096)
-        np.testing.assert_allclose(codes[label], (codes['raw pixels'] - x.mean(0))[:, :10], atol=1e-6)
+        np.testing.assert_allclose(
+    codes[label],
+    (codes['raw pixels'] -
+    x.mean(0))[
+        :,
+        :10],
+         atol=1e-6)
     assert codes['untrained'].shape == (144, 10) and codes['untrained'].std(0).min() > 0
     monkeypatch.setattr(betavae, 'load_data', lambda *_: dataset)
     assert main('compare', '--baselines', 1, '--pairs', 1, '--train', 40, '--out', 'out') == 0
     assert [row[0] for row in cells('out/metric.md')[1:]] == list(betavae.BASELINES)
 
 
-# The command line and the script ---------------------------------------------------------------------
+# The command line and the script ----------------------------------------
 
 BAD_OPTIONS = """
-    --beta -1 | --beta nan | --beta inf | --beta four | --beta | --beta-from 3 | --anneal 1.5 | --latents 0
-    --latents 513 | --batch 0 | --steps 0 | --steps 10000000000 | --lr 0 | --warmup -1 | --seed -1
-    --seed 4294967296 | --crop 0 | --crop 128 | --data nowhere | --data dsprites --crop 64
-    --likelihood poisson | --device tpu | --device cuda | --precision fp8 | --tc --batch 1
-    --tc --capacity 5 | --capacity nan | --capacity 5 --beta 2 | --capacity 5 --beta-from 1 --anneal 9
-    --gamma 5 | --leak 1.5 | --bet 3 | surplus | score | compare | compare nowhere | compare --pairs 0
-    compare nowhere --pairs x | compare nowhere --train 1 | compare nowhere --chart beta
-    compare --baselines 1 --factors 6 --pairs 1 | compare --baselines -1"""
+    --beta -1 | --beta nan | --beta inf | --beta four | --beta | --beta-from 3 | --anneal 1.5
+    --latents 0 | --latents 513 | --batch 0 | --steps 0 | --steps 10000000000 | --lr 0 | --seed -1
+    --warmup -1 | --seed 4294967296 | --crop 0 | --crop 128 | --data nowhere | --leak 1.5
+    --data dsprites --crop 64 | --likelihood poisson | --device tpu | --device cuda | --bet 3
+    --precision fp8 | --tc --batch 1 | --tc --capacity 5 | --capacity nan | --capacity 5 --beta 2
+    --capacity 5 --beta-from 1 --anneal 9 | --gamma 5 | surplus | score | compare
+    compare nowhere | compare --pairs 0 | compare nowhere --pairs x | compare nowhere --train 1
+    compare nowhere --chart beta | compare --baselines 1 --factors 6 --pairs 1
+    compare --baselines -1"""
 
 
-@pytest.mark.parametrize('words', [o.strip() for line in BAD_OPTIONS.split('\n') for o in line.split('|') if o.strip()])
+@pytest.mark.parametrize('words', [o.strip() for line in BAD_OPTIONS.split('\n')
+                         for o in line.split('|') if o.strip()])
 def test_bad_options_end_in_one_line(words, capsys):
     if 'cuda' in words and torch.cuda.is_available():
         pytest.skip('there is one here')
     assert main(*words.split()) == 2
     error = capsys.readouterr().err
-    assert error.startswith('betavae: ') and error.count('\n') == 1 and not Path('runs', 'faces-beta-1').exists()
+    assert error.startswith('betavae: ') and error.count(
+        '\n') == 1 and not Path('runs', 'faces-beta-1').exists()
 
 
-@pytest.mark.parametrize('options', [dict(colour='red'), dict(beta='x'), dict(help=True), dict(run=None, steps=0)], ids=str)
+@pytest.mark.parametrize(
+    'options', [
+        dict(
+            colour='red'), dict(
+                beta='x'), dict(
+                    help=True), dict(
+                        run=None, steps=0)], ids=str)
 def test_bad_options_from_python(options):
     with pytest.raises(data.UserError):
         betavae.options(**options)
@@ -990,7 +1206,8 @@ def test_run_all_prints_the_eight_runs_and_refuses_once():
     lines = script('--seed', '7', '--print').stdout.splitlines()
     runs = [betavae.options(*shlex.split(line)[2:]) for line in lines]
     assert [(Path(s.run).name, s.beta_from, s.beta, s.anneal, s.steps, s.seed) for s in runs] == [
-        ('VAE', None, 1, 0, 50000, 7), ('10-Beta-VAE', None, 10, 0, 50000, 7), ('100-Beta-VAE', None, 100, 0, 50000, 7),
+        ('VAE', None, 1, 0, 50000, 7), ('10-Beta-VAE', None, 10, 0, 50000, 7),
+        ('100-Beta-VAE', None, 100, 0, 50000, 7),
         ('1000-Beta-VAE', None, 1000, 0, 50000, 7), ('10000-Beta-VAE', None, 10000, 0, 50000, 7),
         ('KLD_Anneal_40000_steps-10-Beta-VAE', None, 10, 40000, 50000, 7),
         ('KLD_Decrease_40000_steps-100to1-Beta-VAE', 100, 1, 40000, 50000, 7),
@@ -998,7 +1215,7 @@ def test_run_all_prints_the_eight_runs_and_refuses_once():
     for group in ('seeds', 'beta250', 'latents6', 'dsprites', 'capacity'):
         for line in script('--print', group).stdout.splitlines():
             betavae.options(*shlex.split(line)[2:])
-    assert script('--help').stdout.startswith('Trains the runs') and script('--help').returncode == 0
+    assert script('--help').stdout.startswith('Trains the runs')
     typo = script('dsprite')
     assert typo.returncode == 2 and typo.stderr.count('\n') == 1 and typo.stdout == ''
     wrong = script('--betta', '3')
@@ -1006,15 +1223,23 @@ def test_run_all_prints_the_eight_runs_and_refuses_once():
 
 
 def test_run_all_passes_signals_on_at_once():
-    process = subprocess.Popen([HERE / 'run_all.sh', '--data', 'dsprites', '--batch', '4', '--latents', '2'],
-                               stdout=subprocess.PIPE, text=True, env=os.environ | dict(PYTHON=sys.executable))
+    process = subprocess.Popen([HERE / 'run_all.sh',
+    '--data',
+    'dsprites',
+    '--batch',
+    '4',
+    '--latents',
+    '2'],
+    stdout=subprocess.PIPE,
+    text=True,
+     env=os.environ | dict(PYTHON=sys.executable))
     for line in process.stdout:
         if line.startswith('step'):
             process.terminate()
     assert process.wait() == 130 and state('runs/VAE')['step'] < 50000
 
 
-# The pages -------------------------------------------------------------------------------------------
+# The pages --------------------------------------------------------------
 
 PAGES = ('README.md', 'results/README.md')
 
@@ -1027,18 +1252,33 @@ def test_the_snippets_of_the_pages_run():
     for page in PAGES:
         names = {}
         for block in blocks(page, 'python'):
-            for long, brief in (('steps=1000', 'steps=2'), ('range(200)', 'range(2)'), ('range(45)', 'range(1)'),
-                                ('train=1000, test=500', 'train=50, test=20'), ('pairs=20', 'pairs=1')):
+            for long, brief in (('steps=1000', 'steps=2'), ('range(200)', 'range(2)'),
+                                ('range(45)', 'range(1)'), ('pairs=20', 'pairs=1'),
+                                ('train=1000, test=500', 'train=50, test=20')):
                 block = block.replace(long, brief)
             exec(block, names)
-    assert Path('linear.jpg').exists() and Path('faces.png').exists() and Path('runs/own/traversal.jpg').exists()
+    assert Path('linear.jpg').exists() and Path(
+        'faces.png').exists() and Path('runs/own/traversal.jpg').exists()
 
 
 def test_the_commands_of_the_pages_parse_and_three_of_them_run(monkeypatch):
     monkeypatch.setattr(betavae.Run, 'draw', lambda *_, **__: dict(collapsed=False))
-    lines = [line for page in PAGES for line in
-             [*''.join(blocks(page, 'sh')).splitlines(), *re.findall('`([^`]+)`', (HERE / page).read_text().replace('\n', ' '))]]
-    commands = [shlex.split(line)[2:] for line in lines if line.startswith('python betavae.py') and '…' not in line]
+    lines = [
+    line for page in PAGES for line in [
+        *
+        ''.join(
+            blocks(
+                page,
+                'sh')).splitlines(),
+                *
+                re.findall(
+                    '`([^`]+)`',
+                    (HERE /
+                    page).read_text().replace(
+                        '\n',
+                         ' '))]]
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith(
+        'python betavae.py') and '…' not in line]
     training = [words for words in commands if not {'compare', 'photos.zip', 'S'} & {*words}]
     for words in commands:
         if words[:1] == ['compare']:
@@ -1047,7 +1287,8 @@ def test_the_commands_of_the_pages_parse_and_three_of_them_run(monkeypatch):
             betavae.options(*words)
     for line in lines:
         if line.startswith('./run_all.sh'):
-            assert subprocess.run([HERE / 'run_all.sh', '--print', *shlex.split(line)[1:]], capture_output=True).returncode == 0
+            assert subprocess.run([HERE / 'run_all.sh', '--print', * \
+                                  shlex.split(line)[1:]], capture_output=True).returncode == 0
     for k in range(3):
         assert main(*training[k], '--steps', 5, '--run', k, '--batch', 8) == 0
 
