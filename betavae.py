@@ -729,12 +729,12 @@ def compare(argv):
     out.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for run in runs for name in run)
     scores = [name for name in names if name.startswith('accuracy')]
-    data.write_table(out / 'comparison.md', table(rows, [
-        'reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig', 'mig_samples',
-        'top_latent', 'top_latent_by_mean']))
     shares = [name for name in names if name.startswith('share')]
-    data.write_table(out / 'factors.md', table(rows, shares))
-    data.write_table(out / 'metric.md', table(rows, scores))
+    figures = ['reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig', 'mig_samples',
+               'top_latent', 'top_latent_by_mean']
+    for title, shown in dict(comparison=figures, factors=shares, metric=scores).items():
+        if shown:
+            data.write_table(out / f'{title}.md', table(rows, shown))
     if scores:
         data.save_picture(out / 'metric.png', metric_chart(rows, scores))
     for x, y in args.chart:
@@ -829,6 +829,8 @@ def draw_comparison(out, rows):
     pictures = {}
     lines = {}
     for label, row in rows.items():
+        if 'kl' not in row[0]:                                                  # a baseline
+            continue
         dataset = dataset_of(row[0])
         model = trained_model(read_checkpoint(row[0]['folder']), row[0]['precision'])
         codes = codes_of(model, torch.from_numpy(dataset.images(dataset.held_out(1000))))
@@ -837,9 +839,10 @@ def draw_comparison(out, rows):
             active = ', '.join(str(run['active_latents']) for run in row)
             name = f"{label}: {row[0]['linear_latents']} above, {active} active"
             lines[name] = row[0]['beta'] / 2
-    data.save_picture(out / 'comparison.jpg', data.sheet(
-        torch.stack(list(pictures.values())), list(pictures),
-        'the latent of largest KL from its smallest to its largest value, all others 0'))
+    if pictures:
+        data.save_picture(out / 'comparison.jpg', data.sheet(
+            torch.stack(list(pictures.values())), list(pictures),
+            'the latent of largest KL from its smallest to its largest value, all others 0'))
     if lines:
         values = spectrum(dataset)[:48].numpy()
         data.save_picture(out / 'spectrum.png', data.chart([dict(
@@ -1164,6 +1167,8 @@ def main(argv=None):
             RuntimeError) as error:
         if isinstance(error, RuntimeError) and 'memory' not in str(error):
             raise
+        if data.on_terminal():
+            say('')                             # below the line of progress
         say(f'betavae: {told(error)}', file=sys.stderr)
         codes = {UserError: 2, KeyboardInterrupt: 130}
         raise SystemExit(codes.get(type(error), 1)) from None

@@ -576,7 +576,8 @@ class Progress:
                 f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s')
         line = f'{line}  {left} left  {speed * self.size:,.0f} images/s'
         if on_terminal():
-            say(f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='')
+            wide = shutil.get_terminal_size().columns - 1
+            say(f'\r{line[:wide]}\x1b[K', end='\n' if done == self.total else '')
         else:
             say(line)
 

@@ -1863,6 +1863,28 @@ def test_pictures_are_saved_as_their_names_say():
             error = np.asarray(gif.convert('RGB')).astype(float) - np.asarray(picture)
             assert np.sqrt((error ** 2).mean()) < 6, k          # of 255: every frame in its colours
 
+def test_progress_tells_the_time_left_by_the_last_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
+    progress = data.Progress(1000, done=100, size=64)
+    assert progress.due(101)                                            # after the first step
+    told = []
+    for now, done in ((1, 101), (20, 120), (39, 139), (58, 158), (97, 162), (136, 166)):
+        clock[0] = now
+        assert progress.due(done)
+        progress.show(done, f'step {done}')
+        told.append(capsys.readouterr().out)
+        assert not progress.due(done + 1)                               # not so soon again
+    assert told[1] == 'step 120  15 min left  64 images/s\n'            # 1 step a second
+    assert told[-1] == 'step 166  2.3 h left  7 images/s\n'             # slowed to 4 in 39 seconds
+    assert progress.due(1000)                                           # the end is always told
+    monkeypatch.setattr(data, 'on_terminal', lambda: True)
+    clock[0] += 0.6
+    assert progress.due(170)                                            # twice a second
+    progress.show(170, 'x' * 500)
+    out = capsys.readouterr().out
+    assert out.startswith('\rxxx') and out.endswith('\x1b[K') and len(out) < 200
+
 
 # The metrics --------------------------------------------------------------------------------------
 
