@@ -143,6 +143,8 @@ def reconstruction(logits, x, likelihood):
     """
     if likelihood == 'bernoulli':
         return F.binary_cross_entropy_with_logits(logits, x, reduction='sum') / len(x)
+    if likelihood != 'gaussian':
+        raise ValueError(f'the likelihood is bernoulli or gaussian, not {likelihood}')
     return F.mse_loss(logits.sigmoid(), x, reduction='sum') / len(x)
 
 
@@ -268,15 +270,16 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(data.locked(self.folder))
             data.sweep(self.folder, age=0)
-            if (self.folder / 'checkpoint.pt').exists():
-                self.resume(read_checkpoint(self.folder))
             held_out = self.dataset.images(self.dataset.held_out(1000))    # (≤ 1000, C, 64, 64)
             self.held_out = torch.from_numpy(held_out).to(self.settings.device)
+            if (self.folder / 'checkpoint.pt').exists():
+                self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
-            for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-                number = getattr(signal, name, None)                    # Windows has no SIGHUP
-                if number and signal.getsignal(number) != signal.SIG_IGN:       # as under nohup
-                    stack.callback(signal.signal, number, signal.signal(number, self.stop))
+            with contextlib.suppress(ValueError):           # only the main thread has signals
+                for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:       # not on Windows
+                    number = getattr(signal, name)
+                    if signal.getsignal(number) != signal.SIG_IGN:              # as under nohup
+                        stack.callback(signal.signal, number, signal.signal(number, self.stop))
             self.cleanup = stack.pop_all()
         self.progress = data.Progress(self.settings.steps, self.step, self.settings.batch)
         self.saved = time.monotonic()
@@ -293,7 +296,8 @@ class Run:
         self.seconds = state['seconds']
         self.recent.copy_(state['recent'])
         self.log = [row for row in state['log'].tolist() if row[0] % ROW == 0]
-        self.frames = {n: x for n, x in state['frames'].items() if n in self.picture_steps}
+        self.frames = {n: x for n, x in state['frames'].items()
+                       if n in self.picture_steps and x.shape == self.held_out[:8].shape}
 
     def stop(self, *_):
         self.stopping = True
@@ -412,7 +416,7 @@ def read_checkpoint(folder):
         state = torch.load(content, map_location='cpu', weights_only=True)
         return conform(state, checkpoint_form(state), 'it')
     except Exception as error:                          # one of a dozen kinds, by what is broken
-        if isinstance(error, MemoryError) or 'memory' in str(error):
+        if isinstance(error, MemoryError) or 'allocate' in str(error):
             raise
         raise UserError(f'{path} is not a valid checkpoint ({type(error).__name__}: {error}); it '
                         f'is left as it is. To start over, delete {folder}') from None
@@ -428,6 +432,8 @@ def checkpoint_form(state):
             and rows <= 1 + state['step'] // ROW and 0 <= state['seconds'] < math.inf
             and max(map(len, state['frames'].values()), default=0) <= 8):
         raise ValueError('a size, the step or the seconds')
+    if state['settings'] | dict(run=None) != vars(settings):
+        raise ValueError('its settings')
     model = BetaVAE(C, J).requires_grad_(False).to(memory_format=torch.channels_last)
     adam = {i: dict(step=torch.tensor(0.0), exp_avg=p.data, exp_avg_sq=p.data)
             for i, p in enumerate(model.parameters())}
@@ -442,7 +448,8 @@ def checkpoint_form(state):
 def conform(found, form, name):
     """A copy of `found`, its tensors in the layout of `form`, which Adam's fused kernel takes for
     granted. ValueError where a type, a key or a shape differs or a number is not finite."""
-    if type(found) is not type(form) or isinstance(form, dict) and found.keys() != form.keys():
+    if (type(found) is not type(form) or isinstance(form, dict) and found.keys() != form.keys()
+            or isinstance(form, float) and not math.isfinite(found)):
         raise ValueError(f'{name} is not as expected')
     if isinstance(form, dict):
         return {key: conform(found[key], form[key], key) for key in form}
@@ -1081,6 +1088,8 @@ def options(*argv, **given):
     words = [f'--{name.replace("_", "-")}' + ('' if value is True else f'={value}')
              for name, value in given.items() if value is not None and value is not False]
     s = parser.parse_args([*argv, *words])
+    if any(isinstance(value, list) for value in vars(s).values()):      # what argparse makes of it
+        raise UserError("'--' is not a value")
     if s.beta_from is not None and not s.anneal:
         raise UserError('--beta-from needs --anneal: the steps in which β moves')
     if s.tc and s.batch == 1:
@@ -1165,7 +1174,7 @@ def main(argv=None):
             train(data.load(settings.data, settings.crop), settings)
     except (UserError, KeyboardInterrupt, FloatingPointError, OSError, MemoryError,
             RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'memory' not in str(error):
+        if isinstance(error, RuntimeError) and 'allocate' not in str(error):
             raise
         if data.on_terminal():
             say('')                             # below the line of progress

@@ -377,8 +377,11 @@ def photographs(path, crop):
         cache.parent.mkdir(parents=True, exist_ok=True)
         sweep(cache.parent)
         try:
-            size = len(np.load(cache, mmap_mode='r'))       # fails on a file that was cut short
-        except (OSError, ValueError, EOFError):
+            images = np.load(cache, mmap_mode='r')          # fails on a file that was cut short
+            size = len(images)
+            if (images.dtype, images.shape) != (np.uint8, (size, 64, 64, 3)):
+                raise ValueError
+        except (OSError, ValueError, TypeError, EOFError):
             size = decode_all(path, names, read, crop, cache)
     except (OSError, RuntimeError) as error:                # RuntimeError: there is no home
         raise UserError(f'no place for a cache ({error}): set XDG_CACHE_HOME to one') from None

@@ -102,6 +102,8 @@ def test_beta_1_is_the_negative_elbo():
     gaussian = -Normal(logits.sigmoid(), math.sqrt(0.5)).log_prob(x).sum((1, 2, 3)).mean()
     constant = 3 * 64 * 64 / 2 * math.log(math.pi)
     torch.testing.assert_close(betavae.reconstruction(logits, x, 'gaussian') + constant, gaussian)
+    with pytest.raises(ValueError, match='bernoulli or gaussian'):
+        betavae.reconstruction(logits, x, 'gauss')
 
 
 def test_schedules():
@@ -769,11 +771,11 @@ class Evil:
 OTHER_BYTES = [lambda good: b'', lambda good: good[:-100], lambda good: bytes(range(256)) * 20]
 OTHER_ENTRIES = [
     dict(step=3.0), dict(step=-1), dict(step=10 ** 30), dict(step='3'), dict(seconds=math.nan),
-    dict(seconds=None), dict(beta='4'), dict(log=[]), dict(log=torch.zeros(2, 3)),
+    dict(seconds=None), dict(beta='4'), dict(beta=math.nan), dict(log=[]), dict(log=torch.zeros(2, 3)),
     dict(log=torch.zeros(1).expand(10 ** 10, 12)), dict(frames={'x': torch.zeros(1)}),
     dict(frames={1: torch.zeros(8, 1, 64, 64)}),
     dict(frames={1: torch.zeros(1, dtype=torch.uint8).expand(10 ** 9, 1, 64, 64)}),
-    dict(recent=torch.zeros(1)), dict(settings={}), dict(settings={'beta': -1}),
+    dict(recent=torch.zeros(1)), dict(settings={}), dict(settings={'beta': 1.0}), dict(settings={'beta': -1}),
     dict(settings={'help': True}), dict(settings=Evil()), dict(dataset={}),
     dict(dataset={'shape': [5, 64, 64]}), dict(model={}), dict(adam={}), dict(extra=1)]
 OTHER_TENSORS = [
@@ -1152,7 +1154,7 @@ BAD_OPTIONS = """
     --capacity 5 --beta-from 1 --anneal 9 | --gamma 5 | surplus | score | compare
     compare nowhere | compare --pairs 0 | compare nowhere --pairs x | compare nowhere --train 1
     compare nowhere --chart beta | compare --baselines 1 --factors 6 --pairs 1
-    compare --baselines -1"""
+    compare --baselines -1 | --beta=-- | --data=--"""
 
 
 @pytest.mark.parametrize('words', [o.strip() for line in BAD_OPTIONS.split('\n')
@@ -1188,7 +1190,8 @@ def test_help_starts_with_the_main_command(capsys):
 def test_targets_that_are_not_reached_are_announced(capsys):
     train(1, beta=4, anneal=9, warmup=7)
     error = capsys.readouterr().err
-    assert error.count('will not reach its target') == 2 and '9 of 1' in error and '7 of 1' in error
+    assert error.count('will not reach its target') == 2
+    assert '9 steps, not 1' in error and '7 steps, not 1' in error
 
 
 @pytest.mark.parametrize('shell', ['> /dev/full', '| head -1', '>&- 2>&-'])
