@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class BetaVAE(nn.Module):
     def encode(self, x):
         """Images, float32 (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), float32 (B, J)."""
         if x.dtype != torch.float32 or x.shape[1:] != self.shape:
-            raise ValueError(f'expected float32 (B, *{self.shape}), not {x.dtype} {tuple(x.shape)}')
+            raise ValueError(f'expected float32 (B, C, 64, 64), not {x.dtype} {tuple(x.shape)}')
         x = x.contiguous(memory_format=torch.channels_last)         # the fastest for convolutions
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             h = self.encoder(x)                                             # (B, 256)
@@ -159,7 +160,7 @@ def kl_per_latent(mu, logvar):
 def total_correlation(z, mu, logvar, n):
     """KL(q(z) ‖ Π_j q(z_j)) in nats, from M of the N = `n` training images: z, μ, log σ² (M, J).
 
-    Chen et al. 2018, appendix C.2. At a z sampled for image n*, q(z) is estimated by
+    As Chen et al. 2018, appendix C.2, with equal weights: at a z sampled for image n*, q(z) is
 
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
@@ -218,7 +219,7 @@ def batch(dataset, seed, step, size, latents, device):
 
 def as_input(images):
     """uint8 (B, C, 64, 64) → float32 in [0, 1]."""
-    return images.float().div_(255)
+    return images / 255
 
 
 @torch.no_grad()
@@ -272,7 +273,7 @@ class Run:
             data.sweep(self.folder, age=0)
             held_out = self.dataset.images(self.dataset.held_out(1000))    # (≤ 1000, C, 64, 64)
             self.held_out = torch.from_numpy(held_out).to(self.settings.device)
-            if (self.folder / 'checkpoint.pt').exists():
+            if (self.folder / 'checkpoint.pt').is_file():
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
             with contextlib.suppress(ValueError):           # only the main thread has signals
@@ -409,17 +410,21 @@ def read_checkpoint(folder):
     """The state in a run's checkpoint.pt, checked against what `Run.save` writes. Nothing in it is
     executed. Raises UserError for any deviation, OSError and MemoryError as they come."""
     path = Path(folder, 'checkpoint.pt')
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f'there is no {path}: is {folder} the folder of a run?')
     content = io.BytesIO(path.read_bytes())
     try:
+        if zipfile.ZipFile(content).testzip():
+            raise ValueError('it is damaged')
+        content.seek(0)
         state = torch.load(content, map_location='cpu', weights_only=True)
         return conform(state, checkpoint_form(state), 'it')
     except Exception as error:                          # one of a dozen kinds, by what is broken
         if isinstance(error, MemoryError) or 'allocate' in str(error):
             raise
-        raise UserError(f'{path} is not a valid checkpoint ({type(error).__name__}: {error}); it '
-                        f'is left as it is. To start over, delete {folder}') from None
+        reason = error if type(error) in (ValueError, UserError) else 'it cannot be read'
+        raise UserError(f'{path} is not a valid checkpoint ({reason}); it is left as it is. To '
+                        f'start over, delete {folder}') from None
 
 
 def checkpoint_form(state):
@@ -429,11 +434,12 @@ def checkpoint_form(state):
     J = settings.latents
     rows = len(state['log'])
     if not ((C, H, W) in ((1, 64, 64), (3, 64, 64)) and 1 <= state['step'] <= 10 ** 9
-            and rows <= 1 + state['step'] // ROW and 0 <= state['seconds'] < math.inf
+            and rows <= 1 + state['step'] // ROW and 0 <= state['seconds'] < 1e12
+            and 0 <= state['beta'] <= 1e12
             and max(map(len, state['frames'].values()), default=0) <= 8):
-        raise ValueError('a size, the step or the seconds')
+        raise ValueError('a number or a size is out of range')
     if state['settings'] | dict(run=None) != vars(settings):
-        raise ValueError('its settings')
+        raise ValueError('its settings are incomplete')
     model = BetaVAE(C, J).requires_grad_(False).to(memory_format=torch.channels_last)
     adam = {i: dict(step=torch.tensor(0.0), exp_avg=p.data, exp_avg_sq=p.data)
             for i, p in enumerate(model.parameters())}
@@ -454,11 +460,11 @@ def conform(found, form, name):
     if isinstance(form, dict):
         return {key: conform(found[key], form[key], key) for key in form}
     if isinstance(form, torch.Tensor):
-        low = 0 if name == 'exp_avg_sq' else -math.inf
+        low = 0 if name in ('exp_avg_sq', 'step') else -math.inf
         if (found.dtype, found.shape) != (form.dtype, form.shape) or not (
                 found.isfinite().all() and (found >= low).all()):
             raise ValueError(f'{name} has another shape or type, or impossible numbers')
-        return torch.empty_like(form).copy_(found)
+        return torch.empty_like(form).copy_(found.detach())
     return found
 
 
@@ -480,9 +486,10 @@ def check_same_run(folder, state, settings, dataset):
               for name, was in state['settings'].items()
               if name not in ('data', 'steps') and was != getattr(settings, name)]
     if state['dataset'] != dataset.identity():          # its place may change, its images may not
-        differ.append(f"the images were others: {state['dataset']}, now {dataset.identity()}")
+        differ.append(f"its data has changed ({state['dataset']['size']:,} images then, "
+                      f'{len(dataset):,} now)')
     if differ:
-        raise UserError(f'{folder} was begun differently: {"; ".join(differ)}. '
+        raise UserError(f'{folder} was started otherwise: {"; ".join(differ)}. '
                         'Choose another --run, or delete it')
     if state['step'] > settings.steps:
         raise UserError(f"{folder} is at step {state['step']:,}, past --steps {settings.steps:,}")
@@ -609,10 +616,11 @@ def known_factors(model, dataset, kl, n):
     z = sample(mu, logvar, fixed_noise(*mu.shape))
     mig, mig_samples = (metrics.mutual_information_gap(codes.numpy(), v)[0] for codes in (mu, z))
     _, information = metrics.mutual_information_gap(mu.numpy(), v, bins=20)         # (J, K)
-    share = information / metrics.entropy_of(v)
+    share = information / np.maximum(metrics.entropy_of(v), 1e-12)
     for j, k in enumerate(share.argmax(1)):
         if share[j, k] >= 0.05 and kl[j] > ACTIVE:
             names[j] += f': {dataset.factor_names[k]} {share[j, k]:.0%}'
+    logvar = logvar.clamp(-50, 50)              # with β = 0 nothing keeps the uncertainty from 0
     parts = metrics.elbo_decomposition(mu.numpy(), logvar.numpy(), samples=min(500, len(mu)))
     return dict(latent_names=names, mig=mig, mig_samples=mig_samples,
                 dimension_wise_kl=parts['dimension_wise_kl'].tolist(),
@@ -632,7 +640,6 @@ def summarise(model, dataset, settings, log, held_out, n):
     known = known_factors(model, dataset, kl, n)
     by_mean = int(mu.mean(0).abs().argmax())
     pace = np.diff(log['step'], prepend=0) / np.maximum(np.diff(log['seconds'], prepend=0), 1e-9)
-    weights = b''.join(t.cpu().numpy().tobytes() for t in model.state_dict().values())
     return dict(
         label=describe(settings), steps=steps, reconstruction=float(recon), kl=float(kl.sum()),
         kl_per_latent=kl.tolist(), active_latents=int((kl > ACTIVE).sum()),
@@ -640,10 +647,16 @@ def summarise(model, dataset, settings, log, held_out, n):
         collapsed=bool(kl.sum() < COLLAPSED and steps >= 1000),     # before that, it is untrained
         top_latent=known['latent_names'][int(kl.argmax())],
         top_latent_by_mean=known['latent_names'][by_mean], largest_mean=float(mu.mean(0)[by_mean]),
-        largest_mean_standard_error=float(mu[:, by_mean].std() / math.sqrt(len(mu))),
+        largest_mean_standard_error=float(mu[:, by_mean].std(correction=0) / math.sqrt(len(mu))),
         train_reconstruction=log['recon'][-1], train_kl=log['kl'][-1], last_beta=log['beta'][-1],
         seconds=log['seconds'][-1], images_per_second=float(np.median(pace)) * settings.batch,
-        dataset=dataset.identity(), weights=hashlib.sha256(weights).hexdigest(), **known)
+        dataset=dataset.identity(), weights=fingerprint(model.state_dict()), **known)
+
+
+def fingerprint(weights):
+    """What tells one state_dict from another: what a summary and its scores belong to."""
+    content = b''.join(t.cpu().numpy().tobytes() for t in weights.values())
+    return hashlib.sha256(content).hexdigest()
 
 
 def draw(folder, model, settings, summary, log, frames, held_out):
@@ -757,18 +770,23 @@ def finished(folder):
     results/, it can be tabulated but not scored or drawn."""
     run = read_json(folder / 'settings.json') | read_json(folder / 'summary.json')
     kinds = dict(label=str, steps=int, seed=int, device=str, precision=str, dataset=dict,
-                 weights=str)
+                 weights=str, data=str, crop=(int, type(None)))
+    if run.get('steps'):                                                # no baseline
+        kinds |= dict(beta=float, reconstruction=float, kl=float, active_latents=int,
+                      linear_latents=(int, type(None)), top_latent=str)
     wrong = [name for name, kind in kinds.items() if not isinstance(run.get(name), kind)]
     if wrong:
-        raise UserError(f'{folder} is not a finished run: its summary has no {", ".join(wrong)}')
-    if (folder / 'checkpoint.pt').exists():
-        step = read_checkpoint(folder)['step']
-        if step != run['steps']:
-            raise UserError(f'{folder} stopped at step {step:,} without a summary. To end it '
-                            f'there, repeat its command with --steps {step}')
+        raise UserError(f'{folder} is not a finished run: its settings.json and summary.json lack '
+                        f'{", ".join(wrong)}')
+    if (folder / 'checkpoint.pt').is_file():
+        state = read_checkpoint(folder)
+        if (state['step'], fingerprint(state['model'])) != (run['steps'], run['weights']):
+            raise UserError(f"{folder} stopped at step {state['step']:,} without a summary. To "
+                            f"finish it there, repeat its command with --steps {state['step']}")
     scores = read_json(folder / 'scores.json')
     if (scores.get('steps'), scores.get('weights')) == (run['steps'], run['weights']):
-        run |= scores['scores']
+        run |= {name: value for name, value in dict(scores.get('scores', {})).items()
+                if isinstance(value, float) and re.fullmatch(r'accuracy_K\d+_L\d+.*', name)}
     return run | dict(folder=folder)
 
 
@@ -842,7 +860,7 @@ def draw_comparison(out, rows):
         model = trained_model(read_checkpoint(row[0]['folder']), row[0]['precision'])
         codes = codes_of(model, torch.from_numpy(dataset.images(dataset.held_out(1000))))
         pictures[f"{label}: {row[0]['top_latent']}"] = means_of(model, top_latent(*codes)[0])
-        if row[0]['linear_latents'] is not None:
+        if row[0].get('linear_latents') is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
             name = f"{label}: {row[0]['linear_latents']} above, {active} active"
             lines[name] = row[0]['beta'] / 2
@@ -1055,7 +1073,7 @@ def training_parser():
     add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
     add('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='(default: auto)')
     add('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
-        help='of the convolutions (default: auto, bf16 where the hardware has units for it)')
+        help='of the convolutions (default: auto, bf16 where the hardware supports it)')
     return parser
 
 
@@ -1069,7 +1087,7 @@ def compare_parser():
     add('--train', type=number(int, 10, 10 ** 6), default=10000, metavar='N',
         help='of the metric: training points (default: 10000)')
     add('--baselines', type=number(int, 0, 100), default=0, metavar='SEEDS',
-        help='also codes of dSprites that need no training, over so many seeds')
+        help='also codes of dSprites that need no training, over this many seeds')
     add('--chart', type=axes, action='append', default=[], metavar='X:Y',
         help='draw a chart of two options or results, such as beta:kl')
     add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')
@@ -1091,7 +1109,7 @@ def options(*argv, **given):
     if any(isinstance(value, list) for value in vars(s).values()):      # what argparse makes of it
         raise UserError("'--' is not a value")
     if s.beta_from is not None and not s.anneal:
-        raise UserError('--beta-from needs --anneal: the steps in which β moves')
+        raise UserError('--beta-from needs --anneal: the steps over which β moves')
     if s.tc and s.batch == 1:
         raise UserError('--tc needs a --batch of two or more')
     if s.capacity is None and s.gamma is not None:
@@ -1111,12 +1129,12 @@ def settle(settings, dataset):
     if s.capacity is not None:
         s.gamma = 1000.0 if s.gamma is None else s.gamma
     if s.batch > dataset.train_size:
-        raise UserError(f'--batch {s.batch} is more than {s.data} has training images: '
-                        f'{dataset.train_size}')
+        raise UserError(f'--batch {s.batch} is more than the {dataset.train_size} training images '
+                        f'of {s.data}')
     name = f'{Path(s.data).stem} {describe(s)}' + f' seed {s.seed}' * (s.seed > 0)
     name = name.replace('β', 'beta').replace(',', '')
     s.run = s.run or str(Path('runs', re.sub('[^A-Za-z0-9.]+', '-', name)))
-    found = read_checkpoint(s.run)['settings'] if Path(s.run, 'checkpoint.pt').exists() else {}
+    found = read_checkpoint(s.run)['settings'] if Path(s.run, 'checkpoint.pt').is_file() else {}
     devices = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if s.device == 'auto':
         s.device = found.get('device') or next(name for name, there in devices.items() if there)
@@ -1166,6 +1184,9 @@ def keep_freed_memory():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     keep_freed_memory()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')            # β on a terminal of ASCII
     try:
         if argv[:1] == ['compare']:
             compare(argv[1:])
