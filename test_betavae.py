@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -1285,6 +1286,41 @@ def test_the_commands_of_the_pages_parse_and_three_of_them_run(monkeypatch):
                                   shlex.split(line)[1:]], capture_output=True).returncode == 0
     for k in range(3):
         assert main(*training[k], '--steps', 5, '--run', k, '--batch', 8) == 0
+
+
+def test_what_an_attack_found(trained, capsys):
+    """A run in a thread; a flipped bit; another run's checkpoint; β = 0; help on an ASCII terminal."""
+    failed = []
+
+    def in_a_thread():
+        try:
+            train(2, run='thread')
+        except BaseException as error:                                  # noqa: B902
+            failed.append(error)
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert not failed and state('thread')['step'] == 2
+
+    shutil.copytree(trained, 'a')
+    content = bytearray(Path('a/checkpoint.pt').read_bytes())
+    content[len(content) // 2] ^= 1
+    Path('a/checkpoint.pt').write_bytes(content)
+    with pytest.raises(data.UserError, match='damaged'):
+        betavae.load('a')
+    shutil.copy('thread/checkpoint.pt', 'a/checkpoint.pt')
+    assert main('compare', 'a') == 2 and 'without a summary' in capsys.readouterr().err
+
+    shutil.rmtree('a')
+    shutil.copytree(trained, 'a')
+    kept = state()
+    kept['model']['posterior.bias'].fill_(-60)
+    torch.save(kept, 'a/checkpoint.pt')
+    train(3)                                                            # draws, and says its figures
+    assert read('a/summary.json')['steps'] == 3
+    done = subprocess.run([sys.executable, HERE / 'betavae.py', '--help'], capture_output=True,
+                          env=os.environ | dict(PYTHONIOENCODING='ascii'))
+    assert done.returncode == 0 and b'the weight of the KL term' in done.stdout
 
 
 # The data sets ------------------------------------------------------------------------------------
