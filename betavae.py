@@ -52,22 +52,22 @@ class BetaVAE(nn.Module):
         self.shape = channels, 64, 64
         self.latents = latents
         self.bf16 = bf16
-
-        def down(channels_in, channels_out):
-            return nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
-
-        def relu():
-            return nn.LeakyReLU(leak)
-        self.encoder = nn.Sequential(                                       # (B, C, 64, 64)
-            down(channels, 32), relu(), down(32, 32), relu(),               # (B, 32, 16, 16)
-            down(32, 64), relu(), down(64, 64), relu(), nn.Flatten(),       # (B, 1024)
-            nn.Linear(1024, 256), relu())                                   # (B, 256)
-        self.posterior = nn.Linear(256, 2 * latents)        # linear: μ and log σ² take any sign
-        self.decoder = nn.Sequential(                                       # (B, J)
-            nn.Linear(latents, 256), relu(), nn.Linear(256, 1024), relu(),
-            nn.Unflatten(1, (64, 4, 4)),                                    # (B, 64, 4, 4)
-            Up(64, 64), relu(), Up(64, 32), relu(),                         # (B, 32, 16, 16)
-            Up(32, 32), relu(), Up(32, channels))                           # (B, C, 64, 64)
+        down = functools.partial(nn.Conv2d, kernel_size=4, stride=2, padding=1)
+        activation = functools.partial(nn.LeakyReLU, leak)
+        self.encoder = nn.Sequential(                               # (B, C, 64, 64)
+            down(channels, 32), activation(),                       # (B, 32, 32, 32)
+            down(32, 32), activation(),                             # (B, 32, 16, 16)
+            down(32, 64), activation(),                             # (B, 64, 8, 8)
+            down(64, 64), activation(), nn.Flatten(),               # (B, 1024)
+            nn.Linear(1024, 256), activation())                     # (B, 256)
+        self.posterior = nn.Linear(256, 2 * latents)                # linear: μ, log σ² of any sign
+        self.decoder = nn.Sequential(                               # (B, J)
+            nn.Linear(latents, 256), activation(),                  # (B, 256)
+            nn.Linear(256, 1024), activation(), nn.Unflatten(1, (64, 4, 4)),
+            Up(64, 64), activation(),                               # (B, 64, 8, 8)
+            Up(64, 32), activation(),                               # (B, 32, 16, 16)
+            Up(32, 32), activation(),                               # (B, 32, 32, 32)
+            Up(32, channels))                                       # (B, C, 64, 64)
 
     def encode(self, x):
         """Images, float32 (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), float32 (B, J)."""

@@ -4,7 +4,7 @@
 #     ./run_all.sh [GROUP] [--print] [OPTION…]
 #
 #     eight       (default) the eight runs of yukunchen113/Beta-VAE, on faces
-#     short       a fifth of their length with three seeds, and what their claims need beside them
+#     short       a tenth of their length with three seeds, and what their claims need beside them
 #     beta250     β 250, from the start and climbed to
 #     latents6    six latents, β 0.1 to 10 on standardised pixels
 #     dsprites    the score against β, and β-TCVAE, on dSprites, three seeds each
@@ -64,15 +64,15 @@ eight)
         --steps 125000 ;;
 short)
     for seed in 0 1 2; do
-        fifth() { train "short-$1-seed-$seed" --seed $seed --steps "${@:2}"; }
-        fifth VAE 10000
-        fifth 10-Beta-VAE 10000 --beta 10
-        fifth KLD_Anneal_8000_steps-10-Beta-VAE 10000 --beta 10 --anneal 8000
-        fifth KLD_Decrease_8000_steps-100to1-Beta-VAE 10000 --beta-from 100 --anneal 8000
-        fifth VAE-leak-0 10000 --leak 0
-        fifth VAE-5000-steps 5000
-        fifth 100-Beta-VAE 10000 --beta 100
-        fifth KLD_Decrease_20000_steps-10000to1-Beta-VAE 25000 --beta-from 10000 --anneal 20000
+        tenth() { train "short-$1-seed-$seed" --seed $seed --steps "${@:2}"; }
+        tenth VAE 5000
+        tenth 10-Beta-VAE 5000 --beta 10
+        tenth KLD_Anneal_4000_steps-10-Beta-VAE 5000 --beta 10 --anneal 4000
+        tenth KLD_Decrease_4000_steps-100to1-Beta-VAE 5000 --beta-from 100 --anneal 4000
+        tenth VAE-leak-0 5000 --leak 0
+        tenth 100-Beta-VAE 5000 --beta 100
+        tenth VAE-2500-steps 2500
+        tenth KLD_Decrease_10000_steps-10000to1-Beta-VAE 12500 --beta-from 10000 --anneal 10000
     done ;;
 beta250)
     train 250-Beta-VAE --beta 250 --steps 30000
