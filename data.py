@@ -91,10 +91,9 @@ class Dataset:
         if not torch.is_tensor(given):
             return self.images(torch.from_numpy(given.astype(np.int64))).numpy()
         index = given.long()
-        if index.device.type == 'cpu' and len(index):
-            low, high = map(int, index.aminmax())
-            if low < 0 or high >= self.size:
-                raise IndexError(f'there are images 0 to {self.size - 1}, not {low} to {high}')
+        if index.device.type == 'cpu' and not ((0 <= index) & (index < self.size)).all():
+            raise IndexError(f'there are images 0 to {self.size - 1}, not {index.min()} to '
+                             f'{index.max()}')
         parts = [self.draw(part) for part in index.split(256)]              # 256 fit the caches
         found, shape = parts[0], (min(len(index), 256), *self.shape)
         if not torch.is_tensor(found) or (found.dtype, found.shape) != (torch.uint8, shape):
@@ -130,23 +129,23 @@ def load(source, crop=None):
     crop: side in pixels of the centred square cut from your own images before they are resized
     (CelebA: 128); None for the largest. Raises UserError for whatever cannot be loaded.
     """
-    dataset = find(source, crop)
-    dataset.source = source if source in ('faces', 'dsprites') else os.path.abspath(source)
+    drawn = source in ('faces', 'dsprites')
+    official = str(source).endswith('.npz') and os.path.isfile(source)
+    if crop is not None and (drawn or official):
+        raise UserError(f'--crop is for your own images; {source} is 64 × 64 already')
+    if drawn:
+        dataset = faces() if source == 'faces' else dsprites()
+    elif official:
+        dataset = dsprites(source)
+    elif os.path.isdir(source) or os.path.isfile(source) and zipfile.is_zipfile(source):
+        dataset = photographs(Path(source).resolve(), crop)
+    else:
+        wrong = 'is not a complete .zip of images' if os.path.exists(source) else 'does not exist'
+        raise UserError(f'"{source}" {wrong}: '
+                        'give faces, dsprites, a folder, .zip or dSprites .npz')
+    dataset.source = source if drawn else os.path.abspath(source)
     dataset.crop = crop
     return dataset
-
-
-def find(source, crop):
-    drawn = {'faces': faces, 'dsprites': dsprites}
-    official = str(source).endswith('.npz') and os.path.isfile(source)
-    if crop is not None and (source in drawn or official):
-        raise UserError(f'--crop is for your own images; {source} is 64 × 64 already')
-    if source in drawn or official:
-        return drawn[source]() if source in drawn else dsprites(source)
-    if os.path.isdir(source) or os.path.isfile(source) and zipfile.is_zipfile(source):
-        return photographs(Path(source).resolve(), crop)
-    wrong = 'is not a complete .zip of images' if os.path.exists(source) else 'does not exist'
-    raise UserError(f'"{source}" {wrong}: give faces, dsprites, a folder, .zip or dSprites .npz')
 
 
 # dSprites: three shapes × 6 scales × 40 orientations × 32 × 32 positions, black and white ---------
@@ -313,25 +312,22 @@ def face_masks():
 def faces():
     """Faces of ten factors, (3, 64, 64): a modest stand-in for CelebA. Shape depends on few factors
     and colour on the others: an image is Σ coverage × colour over layers."""
-    masks = face_masks()
-    arrays = *masks.values(), np.float32(ENDS), np.float32(CLOTHES_WHITE_DARK_LIPS)
-    tables = functools.cache(lambda device: [torch.from_numpy(a).to(device) for a in arrays])
+    arrays = dict(**face_masks(), ends=np.float32(ENDS), fixed=np.float32(CLOTHES_WHITE_DARK_LIPS))
+    tables = functools.cache(lambda device: {name: torch.from_numpy(array).to(device)
+                                             for name, array in arrays.items()})
 
     def draw(index):
-        n, device = len(index), index.device
-        *planes, ends, fixed = tables(device)                       # ends (3, 2, 3), fixed (4, 3)
-        m = dict(zip(masks, planes))
-        v = {}                                                      # the factors' values, (n,) each
-        for name, size in reversed(FACES.items()):
-            v[name] = index % size
-            index = index // size
+        n = len(index)
+        m = tables(index.device)
+        fixed = m['fixed']
+        v = dict(zip(FACES, torch.unravel_index(index, tuple(FACES.values()))))     # (n,) each
         level = {k: v[k].float()[:, None] / (size - 1) for k, size in FACES.items()}    # (n, 1)
 
         def row(name, factor):
             return m[name][v['azimuth'] * FACES[factor] + v[factor]]                    # (n, 4096)
         background, skin, hair = (                                  # (n, 3) each
             first + level[name] * (last - first) for (first, last), name
-            in zip(ends, ('background colour', 'skin tone', 'hair colour')))
+            in zip(m['ends'], ('background colour', 'skin tone', 'hair colour')))
         angle = torch.sin((level['lighting angle'] - 0.5) * 2.4)    # light from left … right
         shading = 0.56 * (level['background shading'] - 0.5)
         white, dark, lips = (row(name, 'smile') for name in ('white', 'dark', 'lips'))
@@ -346,7 +342,7 @@ def faces():
             (locks, m['roundness'], 0.40 * angle * hair), (bare, row('skin', 'jaw'), skin),
             (bare, row('side', 'jaw'), 0.56 * angle * skin), (under, m['clothes'], fixed[0]),
             (under, white, fixed[1]), (under, dark, fixed[2]), (under, lips, fixed[3]))
-        coverage = torch.empty(n, len(layers), 4096, device=device)
+        coverage = torch.empty(n, len(layers), 4096, device=index.device)
         for k, (a, b, _) in enumerate(layers):
             torch.mul(a, b, out=coverage[:, k])
         colours = torch.stack([colour.expand(n, 3) for *_, colour in layers], 2)    # (n, 3, layers)
@@ -467,27 +463,27 @@ def decode_all(path, names, read, crop, cache):
     need, free = len(names) * 64 * 64 * 3, shutil.disk_usage(cache.parent).free
     if need > free:
         raise OSError(f'no room: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
-    good = done = 0
+    bad = []
     start = time.monotonic()
     with replacing(cache) as file, ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         file.seek(128)                                                          # NumPy's header
         for first in range(0, len(names), 4096):
-            for image in pool.map(attempt, names[first:first + 4096]):
-                done += 1
-                if not isinstance(image, str):
-                    file.write(image)
-                    good += 1
-                elif done - good > len(names) / 100:
-                    raise UserError(f'{path}: over 1 % of the images are unreadable: {image}')
-                elif done - good <= 3:
-                    say(f'skipped {path}: {image}', file=sys.stderr)
+            images = list(pool.map(attempt, names[first:first + 4096]))
+            bad += [image for image in images if isinstance(image, str)]
+            if len(bad) > len(names) / 100:
+                raise UserError(f'{path}: over 1 % of the images are unreadable: {bad[0]}')
+            file.writelines(image for image in images if not isinstance(image, str))
+            done = first + len(images)
             left = (time.monotonic() - start) * (len(names) / done - 1)
-            say(f'{path}: {good:,} of {len(names):,} images decoded, {left:.0f} s', file=sys.stderr)
+            say(f'{path}: {done - len(bad):,} of {len(names):,} images decoded, {left:.0f} s',
+                file=sys.stderr)
         file.seek(0)
-        header = dict(shape=(good, 64, 64, 3), fortran_order=False, descr='|u1')
-        np.lib.format.write_array_header_1_0(file, header)
-    return good
+        np.lib.format.write_array_header_1_0(file, dict(
+            shape=(len(names) - len(bad), 64, 64, 3), fortran_order=False, descr='|u1'))
+    for image in bad[:3]:
+        say(f'skipped {path}: {image}', file=sys.stderr)
+    return len(names) - len(bad)
 
 
 # Files and progress -------------------------------------------------------------------------------
@@ -507,8 +503,7 @@ def replacing(path):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def sweep(folder, age=3600):
@@ -579,8 +574,8 @@ class Progress:
                 f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s')
         line = f'{line}  {left} left  {speed * self.size:,.0f} images/s'
         if on_terminal():
-            wide = shutil.get_terminal_size().columns - 1
-            say(f'\r{line[:wide]}\x1b[K', end='\n' if done == self.total else '')
+            line = line[:shutil.get_terminal_size().columns - 1]
+            say(f'\r{line}\x1b[K', end='\n' if done == self.total else '')
         else:
             say(line)
 
@@ -592,16 +587,14 @@ def locked(folder):
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f'{folder} is being trained by another process') from None
-    try:
+    with contextlib.ExitStack() as stack:
+        handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'{folder} is being trained by another process') from None
         yield
-    finally:
-        os.close(handle)
 
 
 def write_json(path, content):
@@ -633,8 +626,8 @@ def width_of(text, size):
 def sheet(images, labels=(), title='', notes=(), scale=None):
     """Images, uint8 (rows, columns, C, H, W) → a picture of them, with a label left of each row, a
     title above and notes below. They are enlarged `scale` times; if None, up to twice, as fits."""
-    images = torch.as_tensor(images).cpu().permute(0, 1, 3, 4, 2).numpy()       # (…, H, W, C)
-    rows, columns, height, width, _ = images.shape
+    images = torch.as_tensor(images).cpu().expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2).numpy()
+    rows, columns, height, width, _ = images.shape                              # (…, H, W, 3)
     labels = [latin(label, 36) for label in labels]
     left = max((width_of(label, 13) + 18 for label in labels), default=0)
     scale = scale or min(2, max(0.4, ((PAGE - left) / columns - 2) / width))
@@ -653,8 +646,8 @@ def sheet(images, labels=(), title='', notes=(), scale=None):
     for row, label in enumerate(labels):
         pen.text((left - 10, top + (row + 0.5) * down), label, INK, font(13), 'rm', align='right')
     for row, column in np.ndindex(rows, columns):
-        tile = np.broadcast_to(images[row, column], (height, width, 3)).copy()
-        tile = Image.fromarray(tile).resize((across - 2, down - 2), Image.Resampling.BICUBIC)
+        tile = Image.fromarray(images[row, column])
+        tile = tile.resize((across - 2, down - 2), Image.Resampling.BICUBIC)
         picture.paste(tile, (left + column * across + 1, top + row * down + 1))
     return picture
 
@@ -683,7 +676,7 @@ def axis(values, start, end, log=False, limits=None):
         return np.log10(v) if log else v
 
     def pixel(position):
-        return start + (position - low) / (high - low) * (end - start)
+        return np.clip(start + (position - low) / (high - low) * (end - start), -9999, 9999)
     shown = position(values if limits is None else limits)
     shown = shown[np.isfinite(shown)]
     low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
@@ -750,14 +743,13 @@ def draw_panel(panel, width, height, colours):
 
     layer = Image.new('RGBA', (FINER * width, FINER * height))
     ink = ImageDraw.Draw(layer)
-    for name, (xs, *values) in series.items():
-        x, y, *bars = (FINER * p for p in (x_at(xs), *(y_at(v).clip(-9999, 9999) for v in values)))
-        for at, *ends in zip(x, *bars):
-            if ends and np.isfinite([at, *ends]).all():
-                ink.line([at, ends[0], at, ends[1]], colours[name], 6)
+    for name, (xs, ys, *bar) in series.items():
+        low, high = bar or (ys, ys)
+        x, y, low, high = FINER * np.array([x_at(xs), *map(y_at, (ys, low, high))])
         radius = 12 if panel.get('points') or len(x) <= 30 else FINER
-        seen = np.isfinite(x + y)
+        seen = np.isfinite(x + y + low + high)
         for k in np.flatnonzero(seen):
+            ink.line([x[k], low[k], x[k], high[k]], colours[name], 6)
             if k and seen[k - 1] and not panel.get('points'):
                 ink.line([x[k - 1], y[k - 1], x[k], y[k]], colours[name], 2 * FINER)
             ink.ellipse([x[k] - radius, y[k] - radius, x[k] + radius, y[k] + radius], colours[name])
@@ -777,8 +769,7 @@ def draw_panel(panel, width, height, colours):
 def save_picture(path, picture):
     """Write a picture, .png or .jpg by its ending, reduced to the width of a page."""
     if picture.width > PAGE:
-        high = round(picture.height * PAGE / picture.width)
-        picture = picture.resize((PAGE, high), Image.Resampling.LANCZOS)
+        picture = ImageOps.contain(picture, (PAGE, picture.height), Image.Resampling.LANCZOS)
     form = 'PNG' if str(path).endswith('.png') else 'JPEG'          # which alone has a quality
     write(path, lambda file: picture.save(file, form, quality=90, subsampling=0))
 
