@@ -256,8 +256,8 @@ class Run:
         self.optimiser = optimiser
         self.terms = terms
         self.folder = Path(settings.run)
-        self.picture_steps = {1, 3, 10, 30, 100, 300, 1000, settings.steps,
-                              *range(PICTURES, settings.steps, PICTURES)}
+        self.picture_steps = {1, 3, 10, 30, 100, 300, 1000,
+                              *range(PICTURES, settings.steps, PICTURES)} - {settings.steps}
         self.step = 0
         self.beta = 0.0                                 # of the last step
         self.seconds = 0.0                              # of training, without pictures and files
@@ -277,8 +277,8 @@ class Run:
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
             with contextlib.suppress(ValueError):           # only the main thread has signals
-                for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:       # not on Windows
-                    number = getattr(signal, name)
+                hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)              # not on Windows
+                for number in {signal.SIGINT, signal.SIGTERM, hangup}:
                     if signal.getsignal(number) != signal.SIG_IGN:              # as under nohup
                         stack.callback(signal.signal, number, signal.signal(number, self.stop))
             self.cleanup = stack.pop_all()
@@ -292,54 +292,59 @@ class Run:
         groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])
         self.optimiser.load_state_dict(dict(state=state['adam'], param_groups=groups))
-        self.step = state['step']
-        self.beta = state['beta']
-        self.seconds = state['seconds']
+        self.step, self.beta, self.seconds = state['step'], state['beta'], state['seconds']
         self.recent.copy_(state['recent'])
         self.log = [row for row in state['log'].tolist() if row[0] % ROW == 0]
-        self.frames = {n: x for n, x in state['frames'].items()
-                       if n in self.picture_steps and x.shape == self.held_out[:8].shape}
+        self.frames = {n: x for n, x in state['frames'].items() if n in self.picture_steps}
 
     def stop(self, *_):
         self.stopping = True
 
     def record(self, beta, loss, recon, kl):
-        """End a step of `train`. Raises KeyboardInterrupt when asked to stop, with all saved."""
+        """End a step of `train`; what is due after the last one is in `finish`. Raises
+        KeyboardInterrupt when asked to stop, with all saved."""
         self.recent[self.step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
-        self.beta = float(beta)
+        self.beta = beta
         self.step += 1
-        last = self.step == self.settings.steps                 # `finish` does what is due then
-        row_due = self.step % ROW == 0 and not last
-        pictures_due = self.step in self.picture_steps and not last
-        save_due = pictures_due or self.stopping or time.monotonic() - self.saved > SAVE_SECONDS
-        if row_due or save_due or self.settings.device == 'cpu':        # each look stalls a GPU
-            check_finite(self.means(), self.step, self.folder)
+        row_due = self.step % ROW == 0
+        if row_due or self.settings.device == 'cpu':                    # each look stalls a GPU
+            self.means()
         self.seconds += time.perf_counter() - self.tick
         if row_due:
             self.add_row()
         if self.progress.due(self.step):
             self.progress.show(self.step, progress_line(self))
-        if pictures_due:
+        if self.step in self.picture_steps:
             self.add_frame()
-        if save_due:
             self.save()
-        if pictures_due and self.step >= 100:
-            self.draw(images=2000)
-        if self.stopping and not last:
+            if self.step >= 100:
+                self.draw(images=2000)
+        elif self.stopping or time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+        if self.stopping and self.step < self.settings.steps:
             raise KeyboardInterrupt(
                 f'{self.folder} stopped at step {self.step:,}, saved; the same command resumes, '
                 f'and --steps {self.step} ends it there with its pictures')
         self.tick = time.perf_counter()
 
     def means(self):
-        """Loss, reconstruction and KL_j since the last row: (2 + J,)."""
-        return self.recent[:(self.step - 1) % ROW + 1].mean(0)
+        """Loss, reconstruction and KL_j since the last row: 2 + J floats."""
+        return self.finite(self.recent[:(self.step - 1) % ROW + 1].mean(0))
+
+    def finite(self, losses, where=''):
+        """Loss, reconstruction and KL_j (2 + J,) as floats. FloatingPointError names those of them
+        that are not finite."""
+        values = losses.tolist()
+        names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(values)))
+        bad = [name for name, value in zip(names, values) if not math.isfinite(value)]
+        if bad:
+            diverged(', '.join(bad) + where, self.step, self.folder)
+        return values
 
     def add_row(self):
-        held_out = evaluate(self.model, self.held_out[:125], self.beta, self.terms)     # (2 + J,)
-        check_finite(held_out, self.step, self.folder, ' on held-out images')
-        loss, recon, *kl = self.means().tolist()
-        held_loss, held_recon, *held_kl = held_out.tolist()
+        loss, recon, *kl = self.means()
+        held_loss, held_recon, *held_kl = self.finite(
+            evaluate(self.model, self.held_out[:125], self.beta, self.terms), ' on held-out images')
         self.log.append([self.step, self.beta, loss, recon, sum(kl), *kl,
                          held_loss, held_recon, sum(held_kl), self.seconds])
 
@@ -355,13 +360,14 @@ class Run:
             step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
             frames=self.frames, settings=kept, dataset=self.dataset.identity(),
             model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state'])
-        moments = itertools.chain(*(of.values() for of in state['adam'].values()))
-        if not all(t.isfinite().all() for t in itertools.chain(state['model'].values(), moments)):
-            diverged('a weight or a moment of Adam', self.step, self.folder)
+        tensors = [part.values() for part in (state['model'], *state['adam'].values())]
+        if not all(t.isfinite().all() for t in itertools.chain([self.recent], *tensors)):
+            diverged('a loss, a weight or a moment of Adam', self.step, self.folder)
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
-        data.write_json(self.folder / 'settings.json', kept | VERSIONS)
-        rows = [','.join(names), *(','.join(f'{x:.9g}' for x in row) for row in self.log), '']
-        data.write(self.folder / 'log.csv', '\n'.join(rows).encode())
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+        data.write_json(self.folder / 'settings.json', kept | versions)
+        data.write(self.folder / 'log.csv', lambda file: np.savetxt(
+            file, log, '%.9g', ',', header=','.join(names), comments=''))
         self.saved = time.monotonic()
 
     def draw(self, images):
@@ -389,9 +395,6 @@ class Run:
                 'image becomes the mean image. Try a smaller --beta, or let it rise (--anneal)')
 
 
-VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__)
-
-
 def columns(latents):
     """The columns of log.csv: loss, recon and KL_j are means over the steps since the last row."""
     return ['step', 'beta', 'loss', 'recon', 'kl', *(f'kl_{j}' for j in range(latents)),
@@ -406,6 +409,15 @@ def initial_model(settings, channels):
     return model.to(settings.device, memory_format=torch.channels_last)
 
 
+def load(run, precision='fp32'):
+    """The trained model of a run's folder, a BetaVAE on the CPU."""
+    state = read_checkpoint(run)
+    settings = options(**state['settings'] | dict(device='cpu', precision=precision))
+    model = initial_model(settings, state['dataset']['shape'][0])
+    model.load_state_dict(state['model'])
+    return model.eval().requires_grad_(False)
+
+
 def read_checkpoint(folder):
     """The state in a run's checkpoint.pt, checked against what `Run.save` writes. Nothing in it is
     executed. Raises UserError for any deviation, OSError and MemoryError as they come."""
@@ -414,17 +426,14 @@ def read_checkpoint(folder):
         raise UserError(f'there is no {path}: is {folder} the folder of a run?')
     content = io.BytesIO(path.read_bytes())
     try:
-        if zipfile.ZipFile(content).testzip():
-            raise ValueError('it is damaged')
-        content.seek(0)
         state = torch.load(content, map_location='cpu', weights_only=True)
-        return conform(state, checkpoint_form(state), 'it')
+        if zipfile.ZipFile(content).testzip() is None:              # whose checksums torch ignores
+            return conform(state, checkpoint_form(state))
     except Exception as error:                          # one of a dozen kinds, by what is broken
-        if isinstance(error, MemoryError) or 'allocate' in str(error):
+        if out_of_memory(error):
             raise
-        reason = error if type(error) in (ValueError, UserError) else 'it cannot be read'
-        raise UserError(f'{path} is not a valid checkpoint ({reason}); it is left as it is. To '
-                        f'start over, delete {folder}') from None
+    raise UserError(f'{path} is not a valid checkpoint: damaged, or of another program. It is left '
+                    f'as it is; to start over, delete {folder}')
 
 
 def checkpoint_form(state):
@@ -434,50 +443,33 @@ def checkpoint_form(state):
     J = settings.latents
     rows = len(state['log'])
     if not ((C, H, W) in ((1, 64, 64), (3, 64, 64)) and 1 <= state['step'] <= 10 ** 9
-            and rows <= 1 + state['step'] // ROW and 0 <= state['seconds'] < 1e12
-            and 0 <= state['beta'] <= 1e12
-            and max(map(len, state['frames'].values()), default=0) <= 8):
-        raise ValueError('a number or a size is out of range')
-    if state['settings'] | dict(run=None) != vars(settings):
-        raise ValueError('its settings are incomplete')
+            and rows <= 1 + state['step'] // ROW
+            and state['settings'] | dict(run=None) == vars(settings)):
+        raise ValueError('a setting or a size is out of range')
     model = BetaVAE(C, J).requires_grad_(False).to(memory_format=torch.channels_last)
     adam = {i: dict(step=torch.tensor(0.0), exp_avg=p.data, exp_avg_sq=p.data)
             for i, p in enumerate(model.parameters())}
-    frames = {int(step): torch.zeros(len(x), C, H, W, dtype=torch.uint8)
-              for step, x in state['frames'].items()}
+    shown = min(8, math.ceil(state['dataset']['size'] / data.HELD_OUT_EVERY))
+    frames = {int(n): torch.zeros(shown, C, H, W, dtype=torch.uint8) for n in state['frames']}
     log = torch.zeros(rows, len(columns(J)), dtype=torch.float64)
     return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J), log=log,
                 frames=frames, settings=state['settings'], dataset=state['dataset'],
                 model=dict(model.state_dict()), adam=adam)
 
 
-def conform(found, form, name):
+def conform(found, form, name='it'):
     """A copy of `found`, its tensors in the layout of `form`, which Adam's fused kernel takes for
-    granted. ValueError where a type, a key or a shape differs or a number is not finite."""
-    if (type(found) is not type(form) or isinstance(form, dict) and found.keys() != form.keys()
-            or isinstance(form, float) and not math.isfinite(found)):
-        raise ValueError(f'{name} is not as expected')
-    if isinstance(form, dict):
+    granted. Raises where a type, a key or a shape differs or a number is not finite."""
+    if isinstance(form, dict) and found.keys() == form.keys():
         return {key: conform(found[key], form[key], key) for key in form}
     if isinstance(form, torch.Tensor):
         low = 0 if name in ('exp_avg_sq', 'step') else -math.inf
-        if (found.dtype, found.shape) != (form.dtype, form.shape) or not (
+        if (found.dtype, found.shape) == (form.dtype, form.shape) and (
                 found.isfinite().all() and (found >= low).all()):
-            raise ValueError(f'{name} has another shape or type, or impossible numbers')
-        return torch.empty_like(form).copy_(found.detach())
-    return found
-
-
-def load(run):
-    """The trained model of a run's folder: a BetaVAE in float32, on the CPU."""
-    return trained_model(read_checkpoint(run), 'fp32')
-
-
-def trained_model(state, precision):
-    s = options(**state['settings'])
-    model = BetaVAE(state['dataset']['shape'][0], s.latents, s.leak, precision == 'bf16')
-    model.load_state_dict(state['model'])
-    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+            return torch.empty_like(form).copy_(found.detach())
+    elif found is form or type(found) is type(form) and math.isfinite(found):
+        return found
+    raise ValueError(f'{name} is not as expected')
 
 
 def check_same_run(folder, state, settings, dataset):
@@ -488,19 +480,11 @@ def check_same_run(folder, state, settings, dataset):
     if state['dataset'] != dataset.identity():          # its place may change, its images may not
         differ.append(f"its data has changed ({state['dataset']['size']:,} images then, "
                       f'{len(dataset):,} now)')
+    if state['step'] > settings.steps:
+        differ.append(f"it is at step {state['step']:,}, past --steps {settings.steps:,}")
     if differ:
         raise UserError(f'{folder} was started otherwise: {"; ".join(differ)}. '
                         'Choose another --run, or delete it')
-    if state['step'] > settings.steps:
-        raise UserError(f"{folder} is at step {state['step']:,}, past --steps {settings.steps:,}")
-
-
-def check_finite(losses, step, folder, where=''):
-    """FloatingPointError that names what of loss, reconstruction, KL_0 … (2 + J,) is not finite."""
-    if not losses.isfinite().all():
-        names = ['the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))]
-        bad = [name for name, value in zip(names, losses) if not value.isfinite()]
-        diverged(', '.join(bad) + where, step, folder)
 
 
 def diverged(what, step, folder):
@@ -510,10 +494,9 @@ def diverged(what, step, folder):
                              'or --beta, or --warmup 1000')
 
 
-def announce(settings, dataset, model, step):
-    """The first lines: what is trained, and what its options lead one to expect."""
-    s = settings
-    shape = ' × '.join(str(size) for size in dataset.shape)
+def announce(s, dataset, model, step):
+    """The first lines: what is trained, and what its settings lead one to expect."""
+    shape = ' × '.join(map(str, dataset.shape))
     parameters = sum(p.numel() for p in model.parameters())
     say(f'{dataset.name}, {len(dataset):,} images {shape} | {describe(s)}, {s.likelihood} | '
         f'{parameters:,} parameters, {s.device} {s.precision} | {s.run}')
@@ -530,7 +513,7 @@ def announce(settings, dataset, model, step):
 
 
 def progress_line(run):
-    _, recon, *kl = run.means().tolist()
+    _, recon, *kl = run.means()
     s = run.settings
     letter = 'β' if s.capacity is None else 'C'
     return (f'step {run.step:,}/{s.steps:,}  {letter} {run.beta:.4g}  recon {recon:.1f}  '
@@ -546,8 +529,7 @@ def codes_of(model, images):
     """μ and log σ² of images, uint8 (n, C, 64, 64): float32 (n, J) each, on the CPU."""
     device = next(model.parameters()).device
     codes = [model.encode(as_input(part.to(device))) for part in images.split(64)]  # fits caches
-    mu, logvar = zip(*codes)
-    return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
+    return tuple(torch.cat(part).cpu() for part in zip(*codes))
 
 
 @torch.no_grad()
@@ -610,8 +592,7 @@ def known_factors(model, dataset, kl, n):
         return dict(latent_names=names)
     rng = np.random.default_rng(0)
     index = rng.integers(len(dataset), size=n) if len(dataset) > n else np.arange(len(dataset))
-    codes = [codes_of(model, dataset.images(part)) for part in torch.from_numpy(index).split(1024)]
-    mu, logvar = (torch.cat(part) for part in zip(*codes))                          # (n, J)
+    mu, logvar = codes_of(model, dataset.images(torch.from_numpy(index)))           # (n, J)
     v = np.stack(np.unravel_index(index, dataset.factor_sizes), 1)                  # (n, K)
     z = sample(mu, logvar, fixed_noise(*mu.shape))
     mig, mig_samples = (metrics.mutual_information_gap(codes.numpy(), v)[0] for codes in (mu, z))
@@ -677,15 +658,13 @@ def draw(folder, model, settings, summary, log, frames, held_out):
     data.save_picture(folder / 'reconstructions.jpg', data.sheet(
         torch.stack([eight, frames[summary['steps']], *prior]),
         ['held out', 'reconstructed', 'from the prior', ''], title))
-
     grid = traverse(mu[min(3, len(mu) - 1)], shown, torch.linspace(-3, 3, 8))
     data.save_picture(folder / 'traversal.jpg', data.sheet(
         means_of(model, grid), labels,
         f'{title}: each latent from -3 to 3, the others as in one image', notes))
-
-    top = means_of(model, top_latent(mu, logvar))
     data.save_picture(folder / 'top_latent.jpg', data.sheet(
-        top, ['others at 0', 'all + 1 st. dev.', 'all + 2 st. dev.'], f'{title}: {labels[0]}'))
+        means_of(model, top_latent(mu, logvar)),
+        ['others at 0', 'all + 1 st. dev.', 'all + 2 st. dev.'], f'{title}: {labels[0]}'))
 
     values = -torch.cos(torch.linspace(0, math.pi, 9))                      # -1 → 1
     moving = means_of(model, torch.stack([traverse(z, shown, values) for z in mu[:8]], 1))
@@ -732,10 +711,7 @@ def compare(argv):
     runs = [finished(folder) for folder in args.runs + baselines(out, args.baselines)]
     if len({json.dumps(run['dataset']) for run in runs}) != 1:
         raise UserError('give the folders of finished runs on one data set, or --baselines 3')
-    rows = {}
-    for run in runs:
-        label = run['label'] + (f", {run['steps']:,} steps" if run['steps'] else '')
-        rows.setdefault(label, []).append(run)
+    rows = {run['row']: [other for other in runs if other['row'] == run['row']] for run in runs}
     shared = vars(options()).keys() - {'run', 'seed', 'steps', 'data'}
     for label, row in rows.items():
         if len({run['seed'] for run in row}) < len(row) or any(
@@ -749,16 +725,17 @@ def compare(argv):
     out.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for run in runs for name in run)
     scores = [name for name in names if name.startswith('accuracy')]
-    shares = [name for name in names if name.startswith('share')]
-    figures = ['reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig', 'mig_samples',
-               'top_latent', 'top_latent_by_mean']
-    for title, shown in dict(comparison=figures, factors=shares, metric=scores).items():
+    tables = dict(
+        comparison=['reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig',
+                    'mig_samples', 'top_latent', 'top_latent_by_mean'],
+        factors=[name for name in names if name.startswith('share')], metric=scores)
+    for title, shown in tables.items():
         if shown:
             data.write_table(out / f'{title}.md', table(rows, shown))
     if scores:
         data.save_picture(out / 'metric.png', metric_chart(rows, scores))
-    for x, y in args.chart:
-        data.save_picture(out / f'{x}-{y}.png', chart_of(runs, x, y))
+    for axes in args.chart:
+        data.save_picture(out / f"{axes.replace(':', '-')}.png", chart_of(runs, axes))
     try:
         draw_comparison(out, rows)
     except UserError as error:                          # data or checkpoints that are not here
@@ -787,7 +764,8 @@ def finished(folder):
     if (scores.get('steps'), scores.get('weights')) == (run['steps'], run['weights']):
         run |= {name: value for name, value in dict(scores.get('scores', {})).items()
                 if isinstance(value, float) and re.fullmatch(r'accuracy_K\d+_L\d+.*', name)}
-    return run | dict(folder=folder)
+    row = run['label'] + (f", {run['steps']:,} steps" if run['steps'] else '')
+    return run | dict(folder=folder, row=row)
 
 
 def read_json(path):
@@ -804,8 +782,8 @@ def table(rows, names):
         values = [run.get(name) for run in row]
         if not all(isinstance(value, (int, float)) for value in values):
             return '; '.join(str(value) for value in values if value is not None)
-        percent = name.startswith(('accuracy', 'share'))
-        form = '{:.1%}' if percent else '{:.3f}' if 'mig' in name else '{:.5g}'
+        form = ('{:.1%}' if name.startswith(('accuracy', 'share')) else
+                '{:.3f}' if 'mig' in name else '{:.5g}')
         low, mean, high = (form.format(of(values)) for of in (min, np.mean, max))
         return mean if len(values) == 1 else f'{mean} ({low} to {high})'
     return [['run', 'seeds', *(name.replace('_', ' ') for name in names)]] + [
@@ -831,9 +809,10 @@ def metric_chart(rows, scores):
         for title, series in panels.items()])
 
 
-def chart_of(runs, x, y):
-    """A result against an option, a series for each value of whatever else varies; or against
-    another result, a point for each run."""
+def chart_of(runs, axes):
+    """Of axes 'x:y', a result against an option, a series for each value of whatever else varies;
+    or against another result, a point for each run."""
+    x, _, y = axes.partition(':')
     given = vars(options())
     varying = [name for name in given if name not in (x, 'run', 'seed', 'device', 'precision')
                and len({run.get(name) for run in runs}) > 1]
@@ -843,7 +822,7 @@ def chart_of(runs, x, y):
             words = ', '.join(f'{name} {run.get(name)}' for name in varying)
             series.setdefault(words if x in given else run['label'], []).append((run[x], run[y]))
     if not series:
-        raise UserError(f'--chart {x}:{y}: no run has both, as numbers')
+        raise UserError(f'--chart {axes}: no run has both, as numbers')
     xs = [x for pairs in series.values() for x, _ in pairs]
     return data.chart([dict(title=y, x=x, points=x not in given, log_x=0 < 50 * min(xs) < max(xs),
                             series={words: curve(pairs) for words, pairs in series.items()})])
@@ -854,25 +833,25 @@ def draw_comparison(out, rows):
     pictures = {}
     lines = {}
     for label, row in rows.items():
-        if 'kl' not in row[0]:                                                  # a baseline
+        first = row[0]
+        if 'kl' not in first:                                                   # a baseline
             continue
-        dataset = dataset_of(row[0])
-        model = trained_model(read_checkpoint(row[0]['folder']), row[0]['precision'])
+        dataset = dataset_of(first)
+        model = load(first['folder'], first['precision'])
         codes = codes_of(model, torch.from_numpy(dataset.images(dataset.held_out(1000))))
-        pictures[f"{label}: {row[0]['top_latent']}"] = means_of(model, top_latent(*codes)[0])
-        if row[0].get('linear_latents') is not None:
+        pictures[f"{label}: {first['top_latent']}"] = means_of(model, top_latent(*codes)[0])
+        if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
-            name = f"{label}: {row[0]['linear_latents']} above, {active} active"
-            lines[name] = row[0]['beta'] / 2
+            lines[f"{label}: {first['linear_latents']} above, {active} active"] = first['beta'] / 2
     if pictures:
         data.save_picture(out / 'comparison.jpg', data.sheet(
             torch.stack(list(pictures.values())), list(pictures),
             'the latent of largest KL from its smallest to its largest value, all others 0'))
     if lines:
-        values = spectrum(dataset)[:48].numpy()
         data.save_picture(out / 'spectrum.png', data.chart([dict(
             title='variance λ of the pixels in each principal direction, and β/2', x='direction',
-            log_y=True, points=True, lines=lines, series={'λ': (np.arange(1, 49), values)})]))
+            log_y=True, points=True, lines=lines,
+            series={'λ': (np.arange(1, 49), spectrum(dataset)[:48].numpy())})]))
 
 
 def dataset_of(run):
@@ -921,7 +900,7 @@ def encoders(run, dataset):
     rng = np.random.default_rng(run['seed'])
     if run['label'] in BASELINES:
         return {'': baseline(run['label'], dataset, rng)}
-    model = trained_model(read_checkpoint(run['folder']), run['precision'])
+    model = load(run['folder'], run['precision'])
 
     def both(index):
         mu, logvar = codes_of(model, dataset.images(torch.from_numpy(index)))
@@ -947,11 +926,10 @@ def watched(encode, total, what):
 
     def counted(index):
         nonlocal done
-        codes = encode(index)
         done += len(index)
         if progress.due(done):
             progress.show(done, f'{what}: {done:,} of {total:,} images')
-        return codes
+        return encode(index)
     return counted
 
 
@@ -1012,7 +990,7 @@ K, so give both with every score. Scores are kept in scores.json, in the folder 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and no abbreviations."""
+    """argparse with errors of one line, no abbreviations, and help on any terminal."""
 
     def __init__(self, prog, description):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
@@ -1021,38 +999,35 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f'{message} (see --help)')
 
+    def print_help(self, file=None):
+        say(self.format_help(), end='', file=file)
 
-def number(kind, low, high):
+
+def between(kind, low, high):
     """A parser of numbers within bounds; NaN is in none."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f'{text} is not between {low:g} and {high:g}')
         return value
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
 def integers(text):
-    return sorted({number(int, 1, 10 ** 6)(word) for word in text.split(',')})
-
-
-def axes(text):
-    x, y = text.split(':')
-    return x, y
+    return sorted({between(int, 1, 10 ** 6)(word) for word in text.split(',')})
 
 
 def training_parser():
     parser = Parser('betavae.py', HELP)
-    whole = number(int, 0, 10 ** 9)
-    positive = number(int, 1, 10 ** 9)
-    real = number(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
+    whole = between(int, 0, 10 ** 9)
+    positive = between(int, 1, 10 ** 9)
+    real = between(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
     add = parser.add_argument_group('data (x)').add_argument
     add('--data', default='faces', help='faces (default), dsprites, a folder or .zip of images')
     add('--crop', type=positive, help='side of the centred square cut from images; CelebA: 128')
     add = parser.add_argument_group('model').add_argument
-    add('--latents', type=number(int, 1, 512), help='J (default: 10 for dsprites, else 32)')
-    add('--leak', type=number(float, 0, 1), default=0.2,
+    add('--latents', type=between(int, 1, 512), help='J (default: 10 for dsprites, else 32)')
+    add('--leak', type=between(float, 0, 1), default=0.2,
         help='slope of the ReLUs below zero (default: 0.2; the paper: 0)')
     add = parser.add_argument_group('objective').add_argument
     add('--beta', type=real, default=1.0, help='β, the weight of the KL term (default: 1)')
@@ -1065,12 +1040,12 @@ def training_parser():
         help='p(x|z) (default: bernoulli for one channel, gaussian of variance ½ for colour)')
     add = parser.add_argument_group('optimiser (Adam)').add_argument
     add('--steps', type=positive, default=50000, help='(default: 50000)')
-    add('--batch', type=number(int, 1, 65536), default=64, help='B (default: 64)')
-    add('--lr', type=number(float, 1e-12, 1e6), default=5e-4, help='learning rate (default: 5e-4)')
+    add('--batch', type=between(int, 1, 65536), default=64, help='B (default: 64)')
+    add('--lr', type=between(float, 1e-12, 1e6), default=5e-4, help='learning rate (default: 5e-4)')
     add('--warmup', type=whole, default=0, help='steps over which it rises to --lr (default: 0)')
     add = parser.add_argument_group('run').add_argument
     add('--run', help='its folder (default: runs/ and a name made from the options)')
-    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
+    add('--seed', type=between(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
     add('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='(default: auto)')
     add('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
         help='of the convolutions (default: auto, bf16 where the hardware supports it)')
@@ -1084,11 +1059,11 @@ def compare_parser():
     add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
     add('--factors', type=integers, metavar='K,…',
         help='of the metric: the last K factors (default: all; dSprites with 4 is without shape)')
-    add('--train', type=number(int, 10, 10 ** 6), default=10000, metavar='N',
+    add('--train', type=between(int, 10, 10 ** 6), default=10000, metavar='N',
         help='of the metric: training points (default: 10000)')
-    add('--baselines', type=number(int, 0, 100), default=0, metavar='SEEDS',
+    add('--baselines', type=between(int, 0, 100), default=0, metavar='SEEDS',
         help='also codes of dSprites that need no training, over this many seeds')
-    add('--chart', type=axes, action='append', default=[], metavar='X:Y',
+    add('--chart', action='append', default=[], metavar='X:Y',
         help='draw a chart of two options or results, such as beta:kl')
     add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')
     return parser
@@ -1099,23 +1074,23 @@ def options(*argv, **given):
 
     Raises UserError for what is unknown, out of range or contradictory.
     """
-    parser = training_parser()
-    unknown = given.keys() - vars(parser.parse_args([])).keys()
-    if unknown:
-        raise UserError(f'there is no option {", ".join(map(str, unknown))}')
-    words = [f'--{name.replace("_", "-")}' + ('' if value is True else f'={value}')
+    words = [f'--{name.replace("_", "-")}' + f'={value}' * (name != 'tc')
              for name, value in given.items() if value is not None and value is not False]
-    s = parser.parse_args([*argv, *words])
-    if any(isinstance(value, list) for value in vars(s).values()):      # what argparse makes of it
-        raise UserError("'--' is not a value")
-    if s.beta_from is not None and not s.anneal:
-        raise UserError('--beta-from needs --anneal: the steps over which β moves')
-    if s.tc and s.batch == 1:
-        raise UserError('--tc needs a --batch of two or more')
-    if s.capacity is None and s.gamma is not None:
-        raise UserError('--gamma needs --capacity')
-    if s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None):
-        raise UserError('--capacity takes the place of --beta, --beta-from and --tc')
+    s = training_parser().parse_args([*argv, *words])
+    contradictions = {
+        "'--' is not a value":                                          # argparse makes it a list
+            any(isinstance(value, list) for value in vars(s).values()),
+        '--beta-from needs --anneal: the steps over which β moves':
+            s.beta_from is not None and not s.anneal,
+        '--tc needs a --batch of two or more':
+            s.tc and s.batch == 1,
+        '--gamma needs --capacity':
+            s.capacity is None and s.gamma is not None,
+        '--capacity takes the place of --beta, --beta-from and --tc':
+            s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None)}
+    for message, found in contradictions.items():
+        if found:
+            raise UserError(message)
     return s
 
 
@@ -1126,14 +1101,14 @@ def settle(settings, dataset):
     s.crop = dataset.crop
     s.latents = s.latents or usual_latents(s.data)
     s.likelihood = s.likelihood or ('bernoulli' if dataset.shape[0] == 1 else 'gaussian')
-    if s.capacity is not None:
-        s.gamma = 1000.0 if s.gamma is None else s.gamma
+    if s.capacity is not None and s.gamma is None:
+        s.gamma = 1000.0
     if s.batch > dataset.train_size:
         raise UserError(f'--batch {s.batch} is more than the {dataset.train_size} training images '
                         f'of {s.data}')
-    name = f'{Path(s.data).stem} {describe(s)}' + f' seed {s.seed}' * (s.seed > 0)
-    name = name.replace('β', 'beta').replace(',', '')
-    s.run = s.run or str(Path('runs', re.sub('[^A-Za-z0-9.]+', '-', name)))
+    words = describe(s).replace('β', 'beta').replace(',', '') + f' seed {s.seed}' * (s.seed > 0)
+    name = re.sub('[^A-Za-z0-9.]+', '-', f'{Path(s.data).stem} {words}')
+    s.run = s.run or str(Path('runs', name))
     found = read_checkpoint(s.run)['settings'] if Path(s.run, 'checkpoint.pt').is_file() else {}
     devices = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if s.device == 'auto':
@@ -1149,18 +1124,16 @@ def usual_latents(source):
     return 10 if Path(source).name.startswith('dsprites') else 32
 
 
-def describe(settings):
-    """A run in words: its objective, and what is unusual of its model and optimiser."""
-    s = settings
+def describe(s):
+    """A run in words, from its settings: its objective, what is unusual of model and optimiser."""
+    kind = 'C' if s.capacity is not None else 'TC β' if s.tc else 'β'
     end = s.beta if s.capacity is None else s.capacity
-    kind = 'TC β' if s.tc else 'β' if s.capacity is None else 'C'
-    words = f'{kind} {end:g}'
-    if s.anneal:
-        words = f'{kind} {s.beta_from or 0:g} → {end:g} over {s.anneal:,}'
+    rise = f'{s.beta_from or 0:g} → {end:g} over {s.anneal:,}' if s.anneal else f'{end:g}'
     usual = vars(options(latents=usual_latents(s.data)))
-    return ', '.join([words] + [f'{name} {getattr(s, name):g}' for name in
-                                ('latents', 'leak', 'gamma', 'batch', 'lr', 'warmup')
-                                if getattr(s, name) not in (None, usual[name])])
+    unusual = [f'{name} {getattr(s, name):g}'
+               for name in ('latents', 'leak', 'gamma', 'batch', 'lr', 'warmup')
+               if getattr(s, name) not in (None, usual[name])]
+    return ', '.join([f'{kind} {rise}', *unusual])
 
 
 def has_bf16(device):
@@ -1184,9 +1157,6 @@ def keep_freed_memory():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     keep_freed_memory()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='replace')            # β on a terminal of ASCII
     try:
         if argv[:1] == ['compare']:
             compare(argv[1:])
@@ -1195,7 +1165,7 @@ def main(argv=None):
             train(data.load(settings.data, settings.crop), settings)
     except (UserError, KeyboardInterrupt, FloatingPointError, OSError, MemoryError,
             RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'allocate' not in str(error):
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         if data.on_terminal():
             say('')                             # below the line of progress
@@ -1204,13 +1174,17 @@ def main(argv=None):
         raise SystemExit(codes.get(type(error), 1)) from None
 
 
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and 'allocate' in str(error))           # torch's
+
+
 def told(error):
     """An error in one line: what, where, what to do."""
-    if isinstance(error, OSError):
-        parts = [str(part) for part in (error.strerror, error.filename) if part]
-        return ': '.join(parts) or str(error)
-    if isinstance(error, (MemoryError, RuntimeError)):
+    if out_of_memory(error):
         return 'not enough memory; try a smaller --batch'
+    if isinstance(error, OSError) and error.filename:
+        return f'{error.strerror}: {error.filename}'
     return str(error) or 'interrupted'
 
 
