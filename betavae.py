@@ -271,8 +271,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(data.locked(self.folder))
             data.sweep(self.folder, age=0)
-            held_out = self.dataset.images(self.dataset.held_out(1000))    # (≤ 1000, C, 64, 64)
-            self.held_out = torch.from_numpy(held_out).to(self.settings.device)
+            held_out = torch.from_numpy(self.dataset.held_out(1000))
+            self.held_out = self.dataset.images(held_out).to(self.settings.device)
             if (self.folder / 'checkpoint.pt').is_file():
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
@@ -288,7 +288,19 @@ class Run:
         return self
 
     def resume(self, state):
-        check_same_run(self.folder, state, self.settings, self.dataset)
+        """Go on from a checkpoint. UserError where it has other options or other data."""
+        now = vars(self.settings)
+        differ = [f'--{name.replace("_", "-")} was {was}, now {now[name]}'
+                  for name, was in state['settings'].items()
+                  if name not in ('data', 'steps') and was != now[name]]
+        if state['dataset'] != self.dataset.identity():     # its place may change, not its images
+            differ.append(f"its data has changed ({state['dataset']['size']:,} images then, "
+                          f'{len(self.dataset):,} now)')
+        if state['step'] > self.settings.steps:
+            differ.append(f"it is at step {state['step']:,}, past --steps {self.settings.steps:,}")
+        if differ:
+            raise UserError(f'{self.folder} was started otherwise: {"; ".join(differ)}. '
+                            'Choose another --run, or delete it')
         groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])
         self.optimiser.load_state_dict(dict(state=state['adam'], param_groups=groups))
@@ -472,21 +484,6 @@ def conform(found, form, name='it'):
     raise ValueError(f'{name} is not as expected')
 
 
-def check_same_run(folder, state, settings, dataset):
-    """UserError where a run was begun with other options or other data than it is resumed with."""
-    differ = [f'--{name.replace("_", "-")} was {was}, now {getattr(settings, name)}'
-              for name, was in state['settings'].items()
-              if name not in ('data', 'steps') and was != getattr(settings, name)]
-    if state['dataset'] != dataset.identity():          # its place may change, its images may not
-        differ.append(f"its data has changed ({state['dataset']['size']:,} images then, "
-                      f'{len(dataset):,} now)')
-    if state['step'] > settings.steps:
-        differ.append(f"it is at step {state['step']:,}, past --steps {settings.steps:,}")
-    if differ:
-        raise UserError(f'{folder} was started otherwise: {"; ".join(differ)}. '
-                        'Choose another --run, or delete it')
-
-
 def diverged(what, step, folder):
     good = folder / 'checkpoint.pt'
     saved = f'{good} is the last good one' if good.exists() else 'nothing was saved yet'
@@ -650,8 +647,7 @@ def draw(folder, model, settings, summary, log, frames, held_out):
     shown = [j for j in order if kl[j] > ACTIVE][:12] or order[:1]
     labels = [f'{names[j]}, {kl[j]:.2f} nats' for j in shown]
     notes = [f"{len(shown)} of {summary['active_latents']} active latents, {len(kl)} in all"]
-    if 'mig' in summary:
-        notes.append("%: how much of that factor's entropy the latent's mean knows")
+    notes += ["%: how much of that factor's entropy the latent's mean knows"] * ('mig' in summary)
 
     eight = held_out[:8].cpu()                                              # (≤ 8, C, 64, 64)
     prior = means_of(model, fixed_noise(2, len(eight), len(kl)))
@@ -879,19 +875,19 @@ def score(run, pairs, factors, train):
     kinds = ('', '_samples') if 'kl' in run else ('',)
     for K, L, kind in itertools.product(factors, pairs, kinds):
         name = f'accuracy_K{K}_L{L}' + f'_N{train}' * (train != 10000) + kind
-        if name in run:
-            continue
-        codes = codes or encoders(run, dataset)
-        encode = watched(codes[kind], 2 * L * (train + train // 2), f"{run['folder'].name} {name}")
-        try:
-            run[name] = metrics.disentanglement_score(
-                encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train,
-                test=train // 2, rng=np.random.default_rng(run['seed']))
-        except ValueError as error:
-            raise UserError(f"{run['folder']}: {error}") from None
-        scores = {name: value for name, value in run.items() if name.startswith('accuracy')}
-        data.write_json(run['folder'] / 'scores.json',
-                        dict(steps=run['steps'], weights=run['weights'], scores=scores))
+        if name not in run:
+            codes = codes or encoders(run, dataset)
+            encode = watched(codes[kind], 2 * L * (train + train // 2),
+                             f"{run['folder'].name} {name}")
+            try:
+                run[name] = metrics.disentanglement_score(
+                    encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train,
+                    test=train // 2, rng=np.random.default_rng(run['seed']))
+            except ValueError as error:
+                raise UserError(f"{run['folder']}: {error}") from None
+            data.write_json(run['folder'] / 'scores.json', dict(
+                steps=run['steps'], weights=run['weights'],
+                scores={name: x for name, x in run.items() if name.startswith('accuracy')}))
 
 
 def encoders(run, dataset):
@@ -1112,11 +1108,11 @@ def settle(settings, dataset):
     found = read_checkpoint(s.run)['settings'] if Path(s.run, 'checkpoint.pt').is_file() else {}
     devices = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if s.device == 'auto':
-        s.device = found.get('device') or next(name for name, there in devices.items() if there)
+        s.device = found.get('device') or next(filter(devices.get, devices))
     if not devices[s.device]:
         raise UserError(f'there is no {s.device} device here')
     if s.precision == 'auto':
-        s.precision = found.get('precision') or ('bf16' if has_bf16(s.device) else 'fp32')
+        s.precision = found.get('precision', 'bf16' if has_bf16(s.device) else 'fp32')
     return s
 
 
@@ -1167,9 +1163,14 @@ def main(argv=None):
             RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
+        message = str(error) or 'interrupted'
+        if out_of_memory(error):
+            message = 'not enough memory; try a smaller --batch'
+        elif isinstance(error, OSError) and error.filename:
+            message = f'{error.strerror}: {error.filename}'
         if data.on_terminal():
             say('')                             # below the line of progress
-        say(f'betavae: {told(error)}', file=sys.stderr)
+        say(f'betavae: {message}', file=sys.stderr)
         codes = {UserError: 2, KeyboardInterrupt: 130}
         raise SystemExit(codes.get(type(error), 1)) from None
 
@@ -1177,15 +1178,6 @@ def main(argv=None):
 def out_of_memory(error):
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and 'allocate' in str(error))           # torch's
-
-
-def told(error):
-    """An error in one line: what, where, what to do."""
-    if out_of_memory(error):
-        return 'not enough memory; try a smaller --batch'
-    if isinstance(error, OSError) and error.filename:
-        return f'{error.strerror}: {error.filename}'
-    return str(error) or 'interrupted'
 
 
 # /// script

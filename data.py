@@ -31,11 +31,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None
-
 HELD_OUT_EVERY = 19     # coprime to the sizes of all factors: both parts hold each value of each
 
 
@@ -368,8 +363,8 @@ def photographs(path, crop):
     name = path.name if path.is_dir() else path.stem
     key = hashlib.sha256(repr((key, crop, 'cache 2')).encode()).hexdigest()[:16]
     try:
-        home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-        cache = Path(home, 'betavae', f'{name[:40]}-{key}.npy').absolute()
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache',
+                     'betavae', f'{name[:40]}-{key}.npy').absolute()
         cache.parent.mkdir(parents=True, exist_ok=True)
         sweep(cache.parent)
         try:
@@ -397,8 +392,8 @@ def photographs(path, crop):
 
 def is_image(name):
     """Whether a path has one of the endings and no hidden part: macOS hides twins of images."""
-    hidden = any(part.startswith('.') or part == '__MACOSX' for part in Path(name).parts)
-    return not hidden and Path(name).suffix.lower() in ' '.join(FORMATS.values()).split()
+    return Path(name).suffix.lower() in ' '.join(FORMATS.values()).split() and not any(
+        part.startswith('.') or part == '__MACOSX' for part in Path(name).parts)
 
 
 def open_folder(path):
@@ -584,7 +579,9 @@ class Progress:
 def locked(folder):
     """Hold a folder against other processes until this one ends, however it ends, by a flock on the
     folder itself. Where there is no fcntl (Windows), nothing is held."""
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:
         yield
         return
     with contextlib.ExitStack() as stack:
