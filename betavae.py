@@ -256,6 +256,8 @@ class Run:
         self.optimiser = optimiser
         self.terms = terms
         self.folder = Path(settings.run)
+        self.held_out = torch.as_tensor(                                # (≤ 1000, C, 64, 64)
+            dataset.images(dataset.held_out(1000)), device=settings.device)
         self.picture_steps = {1, 3, 10, 30, 100, 300, 1000,
                               *range(PICTURES, settings.steps, PICTURES)} - {settings.steps}
         self.step = 0
@@ -271,8 +273,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(data.locked(self.folder))
             data.sweep(self.folder, age=0)
-            held_out = torch.from_numpy(self.dataset.held_out(1000))
-            self.held_out = self.dataset.images(held_out).to(self.settings.device)
             if (self.folder / 'checkpoint.pt').is_file():
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
@@ -463,9 +463,9 @@ def checkpoint_form(state):
             for i, p in enumerate(model.parameters())}
     shown = min(8, math.ceil(state['dataset']['size'] / data.HELD_OUT_EVERY))
     frames = {int(n): torch.zeros(shown, C, H, W, dtype=torch.uint8) for n in state['frames']}
-    log = torch.zeros(rows, len(columns(J)), dtype=torch.float64)
-    return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J), log=log,
-                frames=frames, settings=state['settings'], dataset=state['dataset'],
+    return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J),
+                log=torch.zeros(rows, len(columns(J)), dtype=torch.float64), frames=frames,
+                settings=state['settings'], dataset=state['dataset'],
                 model=dict(model.state_dict()), adam=adam)
 
 
@@ -511,10 +511,9 @@ def announce(s, dataset, model, step):
 
 def progress_line(run):
     _, recon, *kl = run.means()
-    s = run.settings
-    letter = 'β' if s.capacity is None else 'C'
-    return (f'step {run.step:,}/{s.steps:,}  {letter} {run.beta:.4g}  recon {recon:.1f}  '
-            f'KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{s.latents}')
+    letter = 'β' if run.settings.capacity is None else 'C'
+    return (f'step {run.step:,}/{run.settings.steps:,}  {letter} {run.beta:.4g}  '
+            f'recon {recon:.1f}  KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{len(kl)}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -525,7 +524,8 @@ def progress_line(run):
 def codes_of(model, images):
     """μ and log σ² of images, uint8 (n, C, 64, 64): float32 (n, J) each, on the CPU."""
     device = next(model.parameters()).device
-    codes = [model.encode(as_input(part.to(device))) for part in images.split(64)]  # fits caches
+    codes = [model.encode(as_input(part.to(device)))
+             for part in torch.as_tensor(images).split(64)]                 # 64 fit the caches
     return tuple(torch.cat(part).cpu() for part in zip(*codes))
 
 
@@ -587,9 +587,9 @@ def known_factors(model, dataset, kl, n):
     names = [f'z{j}' for j in range(len(kl))]
     if max(dataset.factor_sizes, default=1) == 1:
         return dict(latent_names=names)
-    rng = np.random.default_rng(0)
-    index = rng.integers(len(dataset), size=n) if len(dataset) > n else np.arange(len(dataset))
-    mu, logvar = codes_of(model, dataset.images(torch.from_numpy(index)))           # (n, J)
+    index = (np.random.default_rng(0).integers(len(dataset), size=n) if len(dataset) > n
+             else np.arange(len(dataset)))                                          # (n,)
+    mu, logvar = codes_of(model, dataset.images(index))                             # (n, J)
     v = np.stack(np.unravel_index(index, dataset.factor_sizes), 1)                  # (n, K)
     z = sample(mu, logvar, fixed_noise(*mu.shape))
     mig, mig_samples = (metrics.mutual_information_gap(codes.numpy(), v)[0] for codes in (mu, z))
@@ -633,8 +633,8 @@ def summarise(model, dataset, settings, log, held_out, n):
 
 def fingerprint(weights):
     """What tells one state_dict from another: what a summary and its scores belong to."""
-    content = b''.join(t.cpu().numpy().tobytes() for t in weights.values())
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(b''.join(
+        t.cpu().numpy().tobytes() for t in weights.values())).hexdigest()
 
 
 def draw(folder, model, settings, summary, log, frames, held_out):
@@ -654,9 +654,8 @@ def draw(folder, model, settings, summary, log, frames, held_out):
     data.save_picture(folder / 'reconstructions.jpg', data.sheet(
         torch.stack([eight, frames[summary['steps']], *prior]),
         ['held out', 'reconstructed', 'from the prior', ''], title))
-    grid = traverse(mu[min(3, len(mu) - 1)], shown, torch.linspace(-3, 3, 8))
     data.save_picture(folder / 'traversal.jpg', data.sheet(
-        means_of(model, grid), labels,
+        means_of(model, traverse(mu[:4][-1], shown, torch.linspace(-3, 3, 8))), labels,
         f'{title}: each latent from -3 to 3, the others as in one image', notes))
     data.save_picture(folder / 'top_latent.jpg', data.sheet(
         means_of(model, top_latent(mu, logvar)),
@@ -714,10 +713,8 @@ def compare(argv):
                 run.get(name) != row[0].get(name) for run in row for name in shared):
             raise UserError(f"{', '.join(str(run['folder']) for run in row)} make a row, {label}: "
                             'they must differ in the seed, and in no other option')
-    if args.pairs:
-        for run in runs:
-            score(run, args.pairs, args.factors, args.train)
-
+    for run in runs if args.pairs else []:
+        score(run, args.pairs, args.factors, args.train)
     out.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for run in runs for name in run)
     scores = [name for name in names if name.startswith('accuracy')]
@@ -834,8 +831,8 @@ def draw_comparison(out, rows):
             continue
         dataset = dataset_of(first)
         model = load(first['folder'], first['precision'])
-        codes = codes_of(model, torch.from_numpy(dataset.images(dataset.held_out(1000))))
-        pictures[f"{label}: {first['top_latent']}"] = means_of(model, top_latent(*codes)[0])
+        top = top_latent(*codes_of(model, dataset.images(dataset.held_out(1000))))
+        pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
         if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
             lines[f"{label}: {first['linear_latents']} above, {active} active"] = first['beta'] / 2
@@ -899,7 +896,7 @@ def encoders(run, dataset):
     model = load(run['folder'], run['precision'])
 
     def both(index):
-        mu, logvar = codes_of(model, dataset.images(torch.from_numpy(index)))
+        mu, logvar = codes_of(model, dataset.images(index))
         noise = torch.from_numpy(rng.standard_normal(mu.shape, np.float32))
         return torch.stack([mu, sample(mu, logvar, noise)], 1).numpy()          # (n, 2, J)
     if len(dataset) <= 10 ** 6:                     # else none of two billion faces comes twice
@@ -954,7 +951,7 @@ def baseline(label, dataset, rng):
         model = initial_model(options(seed=rng.integers(2 ** 32), latents=10, device='cpu'), 1)
 
         def encode(index):
-            return codes_of(model, torch.from_numpy(dataset.images(index)))[0].numpy()
+            return codes_of(model, dataset.images(index))[0].numpy()
     else:
         x = pixels(rng.integers(len(dataset), size=10000))
         mean, matrix = metrics.pca(x) if label == 'PCA' else metrics.fast_ica(x, rng=rng)
@@ -1073,15 +1070,12 @@ def options(*argv, **given):
     words = [f'--{name.replace("_", "-")}' + f'={value}' * (name != 'tc')
              for name, value in given.items() if value is not None and value is not False]
     s = training_parser().parse_args([*argv, *words])
-    contradictions = {
-        "'--' is not a value":                                          # argparse makes it a list
-            any(isinstance(value, list) for value in vars(s).values()),
+    contradictions = {                                  # argparse makes a list of --name=--
+        "'--' is not a value": any(isinstance(value, list) for value in vars(s).values()),
         '--beta-from needs --anneal: the steps over which β moves':
             s.beta_from is not None and not s.anneal,
-        '--tc needs a --batch of two or more':
-            s.tc and s.batch == 1,
-        '--gamma needs --capacity':
-            s.capacity is None and s.gamma is not None,
+        '--tc needs a --batch of two or more': s.tc and s.batch == 1,
+        '--gamma needs --capacity': s.capacity is None and s.gamma is not None,
         '--capacity takes the place of --beta, --beta-from and --tc':
             s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None)}
     for message, found in contradictions.items():
@@ -1159,20 +1153,19 @@ def main(argv=None):
         else:
             settings = options(*argv)
             train(data.load(settings.data, settings.crop), settings)
-    except (UserError, KeyboardInterrupt, FloatingPointError, OSError, MemoryError,
-            RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        message = str(error) or 'interrupted'
+    except (Exception, KeyboardInterrupt) as error:
         if out_of_memory(error):
             message = 'not enough memory; try a smaller --batch'
         elif isinstance(error, OSError) and error.filename:
             message = f'{error.strerror}: {error.filename}'
+        elif isinstance(error, (UserError, KeyboardInterrupt, FloatingPointError, OSError)):
+            message = str(error) or 'interrupted'
+        else:
+            raise
         if data.on_terminal():
             say('')                             # below the line of progress
         say(f'betavae: {message}', file=sys.stderr)
-        codes = {UserError: 2, KeyboardInterrupt: 130}
-        raise SystemExit(codes.get(type(error), 1)) from None
+        raise SystemExit({UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)) from None
 
 
 def out_of_memory(error):

@@ -54,6 +54,7 @@ class Dataset:
     draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64), on one device
     size        N, where no factors are known
     """
+    source = crop = None                    # where `load` found it, and how it was cropped
 
     def __init__(self, name, shape, factors, draw, size=None):
         self.name = name
@@ -62,10 +63,9 @@ class Dataset:
         self.factor_names = tuple(self.factors)
         self.factor_sizes = tuple(self.factors.values())
         self.draw = draw
-        self.source = None                  # where `load` found it, and
-        self.crop = None                    # how it was cropped
         product = math.prod(self.factor_sizes) if factors else size
         self.size = operator.index(product if size is None else size)
+        self.train_size = self.size - math.ceil(self.size / HELD_OUT_EVERY)
         if self.shape not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f'shape must be (1, 64, 64) or (3, 64, 64), not {self.shape}')
         if min(self.size, *self.factor_sizes, 1) < 1 or self.size != product:
@@ -98,10 +98,6 @@ class Dataset:
     def train_index(self, i):
         """The i-th index of the training part, i in 0 … train_size − 1 (array or tensor)."""
         return i + i // (HELD_OUT_EVERY - 1) + 1
-
-    @property
-    def train_size(self):
-        return self.size - (self.size + HELD_OUT_EVERY - 1) // HELD_OUT_EVERY
 
     def held_out(self, n):
         """At most n indices of the held-out part, int64: a random draw, the same in every run."""
@@ -555,8 +551,8 @@ class Progress:
         self.marks = collections.deque([(time.monotonic(), done)])
 
     def due(self, done):
-        pause = time.monotonic() - self.marks[-1][0]
-        return len(self.marks) == 1 or done == self.total or pause > (0.5 if on_terminal() else 10)
+        return len(self.marks) == 1 or done == self.total or (
+            time.monotonic() - self.marks[-1][0] > (0.5 if on_terminal() else 10))
 
     def show(self, done, line):
         self.marks.append((time.monotonic(), done))
@@ -634,9 +630,9 @@ def sheet(images, labels=(), title='', notes=(), scale=None):
     below = '\n'.join(latin(note, max(right, 400) // 7) for note in notes)
     top = 28 + 20 * above.count('\n') if title else 0
     bottom = top + rows * down
-    size = (max(right, width_of(above, 15) + 8, width_of(below, 13) + 8),
-            bottom + (27 + 17 * below.count('\n') if notes else 0))
-    picture = Image.new('RGB', size, 'white')
+    picture = Image.new('RGB', (
+        max(right, width_of(above, 15) + 8, width_of(below, 13) + 8),
+        bottom + (27 + 17 * below.count('\n') if notes else 0)), 'white')
     pen = ImageDraw.Draw(picture)
     pen.text((4, 4), above, INK, font(15))
     pen.text((4, bottom + 4), below, GREY, font(13))
@@ -765,8 +761,8 @@ def draw_panel(panel, width, height, colours):
 
 def save_picture(path, picture):
     """Write a picture, .png or .jpg by its ending, reduced to the width of a page."""
-    if picture.width > PAGE:
-        picture = ImageOps.contain(picture, (PAGE, picture.height), Image.Resampling.LANCZOS)
+    size = min(PAGE, picture.width), picture.height
+    picture = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
     form = 'PNG' if str(path).endswith('.png') else 'JPEG'          # which alone has a quality
     write(path, lambda file: picture.save(file, form, quality=90, subsampling=0))
 
@@ -774,8 +770,8 @@ def save_picture(path, picture):
 def save_gif(path, pictures, milliseconds):
     """Write an animation. One palette, from a quarter of all pixels, and no dithering: it does not
     flicker, and is half as large."""
-    sample = Image.fromarray(np.concatenate([np.asarray(p)[::2, ::2] for p in pictures]))
-    palette = sample.quantize(256, kmeans=1)
+    sample = np.concatenate([np.asarray(p)[::2, ::2] for p in pictures])
+    palette = Image.fromarray(sample).quantize(256, kmeans=1)
     frames = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     write(path, lambda file: frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:],
                                             duration=milliseconds, loop=0))
