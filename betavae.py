@@ -288,7 +288,7 @@ class Run:
         return self
 
     def resume(self, state):
-        """Go on from a checkpoint. UserError where it has other options or other data."""
+        """Take over a checkpoint. UserError if its options or its data are not those of this run."""
         now = vars(self.settings)
         differ = [f'--{name.replace("_", "-")} was {was}, now {now[name]}'
                   for name, was in state['settings'].items()
@@ -346,12 +346,11 @@ class Run:
     def finite(self, losses, where=''):
         """Loss, reconstruction and KL_j (2 + J,) as floats. FloatingPointError names those of them
         that are not finite."""
-        values = losses.tolist()
-        names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(values)))
-        bad = [name for name, value in zip(names, values) if not math.isfinite(value)]
+        names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))
+        bad = [name for name, value in zip(names, losses.tolist()) if not math.isfinite(value)]
         if bad:
             diverged(', '.join(bad) + where, self.step, self.folder)
-        return values
+        return losses.tolist()
 
     def add_row(self):
         loss, recon, *kl = self.means()
@@ -361,8 +360,7 @@ class Run:
                          held_loss, held_recon, sum(held_kl), self.seconds])
 
     def add_frame(self):
-        mu, _ = codes_of(self.model, self.held_out[:8])
-        self.frames[self.step] = means_of(self.model, mu)                       # (≤ 8, C, 64, 64)
+        self.frames[self.step] = means_of(self.model, codes_of(self.model, self.held_out[:8])[0])
 
     def save(self):
         kept = {name: x for name, x in vars(self.settings).items() if name != 'run'}   # may move
@@ -376,8 +374,8 @@ class Run:
         if not all(t.isfinite().all() for t in itertools.chain([self.recent], *tensors)):
             diverged('a loss, a weight or a moment of Adam', self.step, self.folder)
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-        data.write_json(self.folder / 'settings.json', kept | versions)
+        data.write_json(self.folder / 'settings.json', kept | dict(
+            python=sys.version.split()[0], torch=torch.__version__))
         data.write(self.folder / 'log.csv', lambda file: np.savetxt(
             file, log, '%.9g', ',', header=','.join(names), comments=''))
         self.saved = time.monotonic()
@@ -493,10 +491,10 @@ def diverged(what, step, folder):
 
 def announce(s, dataset, model, step):
     """The first lines: what is trained, and what its settings lead one to expect."""
-    shape = ' × '.join(map(str, dataset.shape))
     parameters = sum(p.numel() for p in model.parameters())
-    say(f'{dataset.name}, {len(dataset):,} images {shape} | {describe(s)}, {s.likelihood} | '
-        f'{parameters:,} parameters, {s.device} {s.precision} | {s.run}')
+    say(f'{dataset.name}, {len(dataset):,} images {" × ".join(map(str, dataset.shape))} | '
+        f'{describe(s)}, {s.likelihood} | {parameters:,} parameters, {s.device} {s.precision} | '
+        f'{s.run}')
     if step:
         say(f'resuming from step {step:,}')
     for name, steps in (('β or C', s.anneal), ('the learning rate', s.warmup)):
@@ -729,8 +727,9 @@ def compare(argv):
         data.save_picture(out / 'metric.png', metric_chart(rows, scores))
     for axes in args.chart:
         data.save_picture(out / f"{axes.replace(':', '-')}.png", chart_of(runs, axes))
+    trained = {label: row for label, row in rows.items() if 'kl' in row[0]}         # no baselines
     try:
-        draw_comparison(out, rows)
+        draw_comparison(out, trained)
     except UserError as error:                          # data or checkpoints that are not here
         say(f'no pictures of these runs: {error}')
 
@@ -827,8 +826,6 @@ def draw_comparison(out, rows):
     lines = {}
     for label, row in rows.items():
         first = row[0]
-        if 'kl' not in first:                                                   # a baseline
-            continue
         dataset = dataset_of(first)
         model = load(first['folder'], first['precision'])
         top = top_latent(*codes_of(model, dataset.images(dataset.held_out(1000))))

@@ -7,12 +7,10 @@
 
 Nothing is downloaded: dSprites (Matthey et al. 2017) and the faces are drawn by formula.
 """
-import collections
 import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import operator
@@ -548,7 +546,7 @@ class Progress:
     def __init__(self, total, done=0, size=1):
         self.total = total
         self.size = size
-        self.marks = collections.deque([(time.monotonic(), done)])
+        self.marks = [(time.monotonic(), done)]
 
     def due(self, done):
         return len(self.marks) == 1 or done == self.total or (
@@ -557,7 +555,7 @@ class Progress:
     def show(self, done, line):
         self.marks.append((time.monotonic(), done))
         while self.marks[-1][0] - self.marks[0][0] > 60 and len(self.marks) > 2:
-            self.marks.popleft()
+            self.marks.pop(0)
         start, first = self.marks[0]
         speed = (done - first) / max(self.marks[-1][0] - start, 1e-9)
         left = (self.total - done) / max(speed, 1e-9)
@@ -687,9 +685,9 @@ def chart(panels, size=(460, 320)):
     """Charts, up to three side by side, of `size` or narrower to fit a page → a picture.
 
     A panel is a dictionary: title; x, the name of that axis; series, {name: (xs, ys)}, with error
-    bars {name: (xs, ys, low, high)}. Optional: y, the name of that axis; limits, (low, high) of y;
-    log_x; log_y; lines, {name: y}, drawn across; points=True for markers alone. What is not finite,
-    or not positive on a logarithmic axis, is a gap. The series '' is not in the legend.
+    bars {name: (xs, ys, low, high)}. Optional: limits, (low, high) of y; log_x; log_y; lines,
+    {name: y}, drawn across; points=True for markers alone. What is not finite, or not positive on a
+    logarithmic axis, is a gap. The series '' is not in the legend.
     """
     across = len(panels) if len(panels) < 4 else 2
     width, height = min(size[0], PAGE // across), size[1]
@@ -700,7 +698,7 @@ def chart(panels, size=(460, 320)):
     rows = math.ceil(len(names) / columns)
     picture = Image.new('RGB', (full, high + 22 * rows), 'white')
     pen = ImageDraw.Draw(picture)
-    colours = dict(zip(['', *names], itertools.chain([INK], itertools.cycle(COLOURS))))
+    colours = dict(zip(['', *names], [INK, *COLOURS * len(names)]))
     for k, name in enumerate(names):
         x, y = 16 + k % columns * wide, high + 10 + k // columns * 20
         pen.rectangle([x, y - 2, x + 18, y + 1], colours[name])
@@ -714,8 +712,7 @@ def chart(panels, size=(460, 320)):
 def draw_panel(panel, width, height, colours):
     """A panel of a chart. Data are drawn larger and reduced; text, drawn as it is, stays sharp."""
     series, lines = panel['series'], panel.get('lines', {})
-    title = latin(panel['title'], width // 8)
-    top, bottom, right = (68 if '\n' in title and 'y' in panel else 50), height - 42, width - 16
+    top, bottom, right = 50, height - 42, width - 16
     xs = np.concatenate([[], *(x for x, *_ in series.values())])
     ys = np.concatenate([[], *(y for _, *rest in series.values() for y in rest), [*lines.values()]])
     y_at, y_ticks = axis(ys, bottom, top, panel.get('log_y'), panel.get('limits'))
@@ -723,8 +720,7 @@ def draw_panel(panel, width, height, colours):
     x_at, x_ticks = axis(xs, left, right, panel.get('log_x'))
     picture = Image.new('RGB', (width, height), 'white')
     pen = ImageDraw.Draw(picture)
-    pen.text((14, 8), title, INK, font(14))
-    pen.text((14, top - 22), latin(panel.get('y', '')), GREY, font(12))
+    pen.text((14, 8), latin(panel['title'], width // 8), INK, font(14))
     pen.text(((left + right) / 2, bottom + 24), latin(panel['x']), GREY, font(12), 'ma')
     for y, label in y_ticks:
         pen.line([left, y, right, y], PALE)
