@@ -288,7 +288,7 @@ class Run:
         return self
 
     def resume(self, state):
-        """Take over a checkpoint. UserError if its options or its data are not those of this run."""
+        """Take over a checkpoint. UserError if its options or data are not those of this run."""
         now = vars(self.settings)
         differ = [f'--{name.replace("_", "-")} was {was}, now {now[name]}'
                   for name, was in state['settings'].items()
@@ -582,9 +582,8 @@ def linear_latents(dataset, settings):
 def known_factors(model, dataset, kl, n):
     """What the latents know of the factors, over n images of a fixed draw: their names, the MIG,
     the dimension-wise KL, and of each factor's entropy the largest share that a latent has."""
-    names = [f'z{j}' for j in range(len(kl))]
     if max(dataset.factor_sizes, default=1) == 1:
-        return dict(latent_names=names)
+        return dict(latent_names=[f'z{j}' for j in range(len(kl))])
     index = (np.random.default_rng(0).integers(len(dataset), size=n) if len(dataset) > n
              else np.arange(len(dataset)))                                          # (n,)
     mu, logvar = codes_of(model, dataset.images(index))                             # (n, J)
@@ -593,9 +592,9 @@ def known_factors(model, dataset, kl, n):
     mig, mig_samples = (metrics.mutual_information_gap(codes.numpy(), v)[0] for codes in (mu, z))
     _, information = metrics.mutual_information_gap(mu.numpy(), v, bins=20)         # (J, K)
     share = information / np.maximum(metrics.entropy_of(v), 1e-12)
-    for j, k in enumerate(share.argmax(1)):
-        if share[j, k] >= 0.05 and kl[j] > ACTIVE:
-            names[j] += f': {dataset.factor_names[k]} {share[j, k]:.0%}'
+    names = [f'z{j}: {dataset.factor_names[k]} {share[j, k]:.0%}'
+             if share[j, k] >= 0.05 and kl[j] > ACTIVE else f'z{j}'
+             for j, k in enumerate(share.argmax(1))]
     logvar = logvar.clamp(-50, 50)              # with β = 0 nothing keeps the uncertainty from 0
     parts = metrics.elbo_decomposition(mu.numpy(), logvar.numpy(), samples=min(500, len(mu)))
     return dict(latent_names=names, mig=mig, mig_samples=mig_samples,
@@ -676,8 +675,8 @@ def curves(settings, log, latents):
 
     def panel(term, title):
         both = log[term], log[f'held_out_{term}']
-        early = len(steps) // 20                # the first fall would flatten all that follows
-        limits = min(min(ys) for ys in both), max(max(ys[early:]) for ys in both)
+        limits = (min(min(ys) for ys in both),
+                  max(max(ys[len(steps) // 20:]) for ys in both))   # the first fall dwarfs the rest
         return dict(title=title, x='step', limits=limits,
                     series={'train': (steps, both[0]), 'held out': (steps, both[1])})
     return data.chart([
@@ -756,8 +755,8 @@ def finished(folder):
     if (scores.get('steps'), scores.get('weights')) == (run['steps'], run['weights']):
         run |= {name: value for name, value in dict(scores.get('scores', {})).items()
                 if isinstance(value, float) and re.fullmatch(r'accuracy_K\d+_L\d+.*', name)}
-    row = run['label'] + (f", {run['steps']:,} steps" if run['steps'] else '')
-    return run | dict(folder=folder, row=row)
+    return run | dict(folder=folder, row=run['label'] + (
+        f", {run['steps']:,} steps" if run['steps'] else ''))
 
 
 def read_json(path):
@@ -1093,8 +1092,8 @@ def settle(settings, dataset):
     if s.batch > dataset.train_size:
         raise UserError(f'--batch {s.batch} is more than the {dataset.train_size} training images '
                         f'of {s.data}')
-    words = describe(s).replace('β', 'beta').replace(',', '') + f' seed {s.seed}' * (s.seed > 0)
-    name = re.sub('[^A-Za-z0-9.]+', '-', f'{Path(s.data).stem} {words}')
+    name = f'{Path(s.data).stem} {describe(s)}'.replace('β', 'beta').replace(',', '')
+    name = re.sub('[^A-Za-z0-9.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
     s.run = s.run or str(Path('runs', name))
     found = read_checkpoint(s.run)['settings'] if Path(s.run, 'checkpoint.pt').is_file() else {}
     devices = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -1113,8 +1112,7 @@ def usual_latents(source):
 
 def describe(s):
     """A run in words, from its settings: its objective, what is unusual of model and optimiser."""
-    kind = 'C' if s.capacity is not None else 'TC β' if s.tc else 'β'
-    end = s.beta if s.capacity is None else s.capacity
+    kind, end = ('TC β' if s.tc else 'β', s.beta) if s.capacity is None else ('C', s.capacity)
     rise = f'{s.beta_from or 0:g} → {end:g} over {s.anneal:,}' if s.anneal else f'{end:g}'
     usual = vars(options(latents=usual_latents(s.data)))
     unusual = [f'{name} {getattr(s, name):g}'

@@ -649,13 +649,13 @@ def ticks(low, high, log, most):
     if log:
         parts = (1, 2, 5) if high - low < most / 2 else (1,)
         powers = range(-300, 301, math.ceil((high - low) / most))
-        found = [(k + math.log10(part), part * 10.0 ** k) for k in powers for part in parts]
+        marks = [(k + math.log10(part), part * 10.0 ** k) for k in powers for part in parts]
     else:
         step = 10.0 ** math.floor(math.log10((high - low) / most))
         step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
-        values = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        found = list(zip(values, values))
-    return [(at, f'{value:,.7g}') for at, value in found if low <= at <= high]
+        steps = range(math.ceil(low / step), math.floor(high / step) + 1)
+        marks = [(k * step, k * step) for k in steps]
+    return [(at, f'{value:,.7g}') for at, value in marks if low <= at <= high]
 
 
 def axis(values, start, end, log=False, limits=None):
@@ -695,8 +695,7 @@ def chart(panels, size=(460, 320)):
     names = list(dict.fromkeys(name for panel in panels for name in panel['series'] if name))
     wide = 44 + max((width_of(latin(name), 12) for name in names), default=0)
     columns = max(1, (full - 16) // wide)
-    rows = math.ceil(len(names) / columns)
-    picture = Image.new('RGB', (full, high + 22 * rows), 'white')
+    picture = Image.new('RGB', (full, high + 22 * math.ceil(len(names) / columns)), 'white')
     pen = ImageDraw.Draw(picture)
     colours = dict(zip(['', *names], [INK, *COLOURS * len(names)]))
     for k, name in enumerate(names):
@@ -704,8 +703,8 @@ def chart(panels, size=(460, 320)):
         pen.rectangle([x, y - 2, x + 18, y + 1], colours[name])
         pen.text((x + 25, y), latin(name), INK, font(12), 'lm')
     for k, panel in enumerate(panels):
-        place = (k % across * width, k // across * height)
-        picture.paste(draw_panel(panel, width, height, colours), place)
+        picture.paste(draw_panel(panel, width, height, colours),
+                      (k % across * width, k // across * height))
     return picture
 
 
