@@ -299,7 +299,7 @@ class Run:
         if state['step'] > self.settings.steps:
             differ.append(f"it is at step {state['step']:,}, past --steps {self.settings.steps:,}")
         if differ:
-            raise UserError(f'{self.folder} was started otherwise: {"; ".join(differ)}. '
+            raise UserError(f'{self.folder} cannot be resumed like this: {"; ".join(differ)}. '
                             'Choose another --run, or delete it')
         groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])

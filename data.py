@@ -309,7 +309,10 @@ def faces():
         n = len(index)
         m = tables(index.device)
         fixed = m['fixed']
-        v = dict(zip(FACES, torch.unravel_index(index, tuple(FACES.values()))))     # (n,) each
+        v = {}                          # the factors' values, (n,) each, as torch.unravel_index …
+        for name, size in reversed(FACES.items()):
+            v[name] = index % size
+            index = index // size       # … which would stall a GPU
         level = {k: v[k].float()[:, None] / (size - 1) for k, size in FACES.items()}    # (n, 1)
 
         def row(name, factor):
