@@ -256,8 +256,10 @@ class Run:
         self.optimiser = optimiser
         self.terms = terms
         self.folder = Path(settings.run)
-        self.picture_steps = {1, 3, 10, 30, 100, 300, 1000, settings.steps,
-                              *range(PICTURES, settings.steps, PICTURES)}
+        self.held_out = torch.as_tensor(                                # (≤ 1000, C, 64, 64)
+            dataset.images(dataset.held_out(1000)), device=settings.device)
+        self.picture_steps = {1, 3, 10, 30, 100, 300, 1000,
+                              *range(PICTURES, settings.steps, PICTURES)} - {settings.steps}
         self.step = 0
         self.beta = 0.0                                 # of the last step
         self.seconds = 0.0                              # of training, without pictures and files
@@ -271,14 +273,12 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(data.locked(self.folder))
             data.sweep(self.folder, age=0)
-            held_out = self.dataset.images(self.dataset.held_out(1000))    # (≤ 1000, C, 64, 64)
-            self.held_out = torch.from_numpy(held_out).to(self.settings.device)
             if (self.folder / 'checkpoint.pt').is_file():
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
             with contextlib.suppress(ValueError):           # only the main thread has signals
-                for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:       # not on Windows
-                    number = getattr(signal, name)
+                hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)              # not on Windows
+                for number in {signal.SIGINT, signal.SIGTERM, hangup}:
                     if signal.getsignal(number) != signal.SIG_IGN:              # as under nohup
                         stack.callback(signal.signal, number, signal.signal(number, self.stop))
             self.cleanup = stack.pop_all()
@@ -288,64 +288,79 @@ class Run:
         return self
 
     def resume(self, state):
-        check_same_run(self.folder, state, self.settings, self.dataset)
+        """Take over a checkpoint. UserError if its options or data are not those of this run."""
+        now = vars(self.settings)
+        differ = [f'--{name.replace("_", "-")} was {was}, now {now[name]}'
+                  for name, was in state['settings'].items()
+                  if name not in ('data', 'steps') and was != now[name]]
+        if state['dataset'] != self.dataset.identity():     # its place may change, not its images
+            differ.append(f"its data has changed ({state['dataset']['size']:,} images then, "
+                          f'{len(self.dataset):,} now)')
+        if state['step'] > self.settings.steps:
+            differ.append(f"it is at step {state['step']:,}, past --steps {self.settings.steps:,}")
+        if differ:
+            raise UserError(f'{self.folder} cannot be resumed like this: {"; ".join(differ)}. '
+                            'Choose another --run, or delete it')
         groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])
         self.optimiser.load_state_dict(dict(state=state['adam'], param_groups=groups))
-        self.step = state['step']
-        self.beta = state['beta']
-        self.seconds = state['seconds']
+        self.step, self.beta, self.seconds = state['step'], state['beta'], state['seconds']
         self.recent.copy_(state['recent'])
         self.log = [row for row in state['log'].tolist() if row[0] % ROW == 0]
-        self.frames = {n: x for n, x in state['frames'].items()
-                       if n in self.picture_steps and x.shape == self.held_out[:8].shape}
+        self.frames = {n: x for n, x in state['frames'].items() if n in self.picture_steps}
 
     def stop(self, *_):
         self.stopping = True
 
     def record(self, beta, loss, recon, kl):
-        """End a step of `train`. Raises KeyboardInterrupt when asked to stop, with all saved."""
+        """End a step of `train`; what is due after the last one is in `finish`. Raises
+        KeyboardInterrupt when asked to stop, with all saved."""
         self.recent[self.step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
-        self.beta = float(beta)
+        self.beta = beta
         self.step += 1
-        last = self.step == self.settings.steps                 # `finish` does what is due then
-        row_due = self.step % ROW == 0 and not last
-        pictures_due = self.step in self.picture_steps and not last
-        save_due = pictures_due or self.stopping or time.monotonic() - self.saved > SAVE_SECONDS
-        if row_due or save_due or self.settings.device == 'cpu':        # each look stalls a GPU
-            check_finite(self.means(), self.step, self.folder)
+        row_due = self.step % ROW == 0
+        if row_due or self.settings.device == 'cpu':                    # each look stalls a GPU
+            self.means()
         self.seconds += time.perf_counter() - self.tick
         if row_due:
             self.add_row()
         if self.progress.due(self.step):
             self.progress.show(self.step, progress_line(self))
-        if pictures_due:
+        if self.step in self.picture_steps:
             self.add_frame()
-        if save_due:
             self.save()
-        if pictures_due and self.step >= 100:
-            self.draw(images=2000)
-        if self.stopping and not last:
+            if self.step >= 100:
+                self.draw(images=2000)
+        elif self.stopping or time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+        if self.stopping and self.step < self.settings.steps:
             raise KeyboardInterrupt(
                 f'{self.folder} stopped at step {self.step:,}, saved; the same command resumes, '
                 f'and --steps {self.step} ends it there with its pictures')
         self.tick = time.perf_counter()
 
     def means(self):
-        """Loss, reconstruction and KL_j since the last row: (2 + J,)."""
-        return self.recent[:(self.step - 1) % ROW + 1].mean(0)
+        """Loss, reconstruction and KL_j since the last row: 2 + J floats."""
+        return self.finite(self.recent[:(self.step - 1) % ROW + 1].mean(0))
+
+    def finite(self, losses, where=''):
+        """Loss, reconstruction and KL_j (2 + J,) as floats. FloatingPointError names those of them
+        that are not finite."""
+        names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))
+        bad = [name for name, value in zip(names, losses.tolist()) if not math.isfinite(value)]
+        if bad:
+            diverged(', '.join(bad) + where, self.step, self.folder)
+        return losses.tolist()
 
     def add_row(self):
-        held_out = evaluate(self.model, self.held_out[:125], self.beta, self.terms)     # (2 + J,)
-        check_finite(held_out, self.step, self.folder, ' on held-out images')
-        loss, recon, *kl = self.means().tolist()
-        held_loss, held_recon, *held_kl = held_out.tolist()
+        loss, recon, *kl = self.means()
+        held_loss, held_recon, *held_kl = self.finite(
+            evaluate(self.model, self.held_out[:125], self.beta, self.terms), ' on held-out images')
         self.log.append([self.step, self.beta, loss, recon, sum(kl), *kl,
                          held_loss, held_recon, sum(held_kl), self.seconds])
 
     def add_frame(self):
-        mu, _ = codes_of(self.model, self.held_out[:8])
-        self.frames[self.step] = means_of(self.model, mu)                       # (≤ 8, C, 64, 64)
+        self.frames[self.step] = means_of(self.model, codes_of(self.model, self.held_out[:8])[0])
 
     def save(self):
         kept = {name: x for name, x in vars(self.settings).items() if name != 'run'}   # may move
@@ -355,13 +370,14 @@ class Run:
             step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
             frames=self.frames, settings=kept, dataset=self.dataset.identity(),
             model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state'])
-        moments = itertools.chain(*(of.values() for of in state['adam'].values()))
-        if not all(t.isfinite().all() for t in itertools.chain(state['model'].values(), moments)):
-            diverged('a weight or a moment of Adam', self.step, self.folder)
+        tensors = [part.values() for part in (state['model'], *state['adam'].values())]
+        if not all(t.isfinite().all() for t in itertools.chain([self.recent], *tensors)):
+            diverged('a loss, a weight or a moment of Adam', self.step, self.folder)
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
-        data.write_json(self.folder / 'settings.json', kept | VERSIONS)
-        rows = [','.join(names), *(','.join(f'{x:.9g}' for x in row) for row in self.log), '']
-        data.write(self.folder / 'log.csv', '\n'.join(rows).encode())
+        data.write_json(self.folder / 'settings.json', kept | dict(
+            python=sys.version.split()[0], torch=torch.__version__))
+        data.write(self.folder / 'log.csv', lambda file: np.savetxt(
+            file, log, '%.9g', ',', header=','.join(names), comments=''))
         self.saved = time.monotonic()
 
     def draw(self, images):
@@ -389,9 +405,6 @@ class Run:
                 'image becomes the mean image. Try a smaller --beta, or let it rise (--anneal)')
 
 
-VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__)
-
-
 def columns(latents):
     """The columns of log.csv: loss, recon and KL_j are means over the steps since the last row."""
     return ['step', 'beta', 'loss', 'recon', 'kl', *(f'kl_{j}' for j in range(latents)),
@@ -406,6 +419,15 @@ def initial_model(settings, channels):
     return model.to(settings.device, memory_format=torch.channels_last)
 
 
+def load(run, precision='fp32'):
+    """The trained model of a run's folder, a BetaVAE on the CPU."""
+    state = read_checkpoint(run)
+    settings = options(**state['settings'] | dict(device='cpu', precision=precision))
+    model = initial_model(settings, state['dataset']['shape'][0])
+    model.load_state_dict(state['model'])
+    return model.eval().requires_grad_(False)
+
+
 def read_checkpoint(folder):
     """The state in a run's checkpoint.pt, checked against what `Run.save` writes. Nothing in it is
     executed. Raises UserError for any deviation, OSError and MemoryError as they come."""
@@ -414,17 +436,14 @@ def read_checkpoint(folder):
         raise UserError(f'there is no {path}: is {folder} the folder of a run?')
     content = io.BytesIO(path.read_bytes())
     try:
-        if zipfile.ZipFile(content).testzip():
-            raise ValueError('it is damaged')
-        content.seek(0)
         state = torch.load(content, map_location='cpu', weights_only=True)
-        return conform(state, checkpoint_form(state), 'it')
+        if zipfile.ZipFile(content).testzip() is None:              # whose checksums torch ignores
+            return conform(state, checkpoint_form(state))
     except Exception as error:                          # one of a dozen kinds, by what is broken
-        if isinstance(error, MemoryError) or 'allocate' in str(error):
+        if out_of_memory(error):
             raise
-        reason = error if type(error) in (ValueError, UserError) else 'it cannot be read'
-        raise UserError(f'{path} is not a valid checkpoint ({reason}); it is left as it is. To '
-                        f'start over, delete {folder}') from None
+    raise UserError(f'{path} is not a valid checkpoint: damaged, or of another program. It is left '
+                    f'as it is; to start over, delete {folder}')
 
 
 def checkpoint_form(state):
@@ -434,73 +453,33 @@ def checkpoint_form(state):
     J = settings.latents
     rows = len(state['log'])
     if not ((C, H, W) in ((1, 64, 64), (3, 64, 64)) and 1 <= state['step'] <= 10 ** 9
-            and rows <= 1 + state['step'] // ROW and 0 <= state['seconds'] < 1e12
-            and 0 <= state['beta'] <= 1e12
-            and max(map(len, state['frames'].values()), default=0) <= 8):
-        raise ValueError('a number or a size is out of range')
-    if state['settings'] | dict(run=None) != vars(settings):
-        raise ValueError('its settings are incomplete')
+            and rows <= 1 + state['step'] // ROW
+            and state['settings'] | dict(run=None) == vars(settings)):
+        raise ValueError('a setting or a size is out of range')
     model = BetaVAE(C, J).requires_grad_(False).to(memory_format=torch.channels_last)
     adam = {i: dict(step=torch.tensor(0.0), exp_avg=p.data, exp_avg_sq=p.data)
             for i, p in enumerate(model.parameters())}
-    frames = {int(step): torch.zeros(len(x), C, H, W, dtype=torch.uint8)
-              for step, x in state['frames'].items()}
-    log = torch.zeros(rows, len(columns(J)), dtype=torch.float64)
-    return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J), log=log,
-                frames=frames, settings=state['settings'], dataset=state['dataset'],
+    shown = min(8, math.ceil(state['dataset']['size'] / data.HELD_OUT_EVERY))
+    frames = {int(n): torch.zeros(shown, C, H, W, dtype=torch.uint8) for n in state['frames']}
+    return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J),
+                log=torch.zeros(rows, len(columns(J)), dtype=torch.float64), frames=frames,
+                settings=state['settings'], dataset=state['dataset'],
                 model=dict(model.state_dict()), adam=adam)
 
 
-def conform(found, form, name):
+def conform(found, form, name='it'):
     """A copy of `found`, its tensors in the layout of `form`, which Adam's fused kernel takes for
-    granted. ValueError where a type, a key or a shape differs or a number is not finite."""
-    if (type(found) is not type(form) or isinstance(form, dict) and found.keys() != form.keys()
-            or isinstance(form, float) and not math.isfinite(found)):
-        raise ValueError(f'{name} is not as expected')
-    if isinstance(form, dict):
+    granted. Raises where a type, a key or a shape differs or a number is not finite."""
+    if isinstance(form, dict) and found.keys() == form.keys():
         return {key: conform(found[key], form[key], key) for key in form}
     if isinstance(form, torch.Tensor):
         low = 0 if name in ('exp_avg_sq', 'step') else -math.inf
-        if (found.dtype, found.shape) != (form.dtype, form.shape) or not (
+        if (found.dtype, found.shape) == (form.dtype, form.shape) and (
                 found.isfinite().all() and (found >= low).all()):
-            raise ValueError(f'{name} has another shape or type, or impossible numbers')
-        return torch.empty_like(form).copy_(found.detach())
-    return found
-
-
-def load(run):
-    """The trained model of a run's folder: a BetaVAE in float32, on the CPU."""
-    return trained_model(read_checkpoint(run), 'fp32')
-
-
-def trained_model(state, precision):
-    s = options(**state['settings'])
-    model = BetaVAE(state['dataset']['shape'][0], s.latents, s.leak, precision == 'bf16')
-    model.load_state_dict(state['model'])
-    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def check_same_run(folder, state, settings, dataset):
-    """UserError where a run was begun with other options or other data than it is resumed with."""
-    differ = [f'--{name.replace("_", "-")} was {was}, now {getattr(settings, name)}'
-              for name, was in state['settings'].items()
-              if name not in ('data', 'steps') and was != getattr(settings, name)]
-    if state['dataset'] != dataset.identity():          # its place may change, its images may not
-        differ.append(f"its data has changed ({state['dataset']['size']:,} images then, "
-                      f'{len(dataset):,} now)')
-    if differ:
-        raise UserError(f'{folder} was started otherwise: {"; ".join(differ)}. '
-                        'Choose another --run, or delete it')
-    if state['step'] > settings.steps:
-        raise UserError(f"{folder} is at step {state['step']:,}, past --steps {settings.steps:,}")
-
-
-def check_finite(losses, step, folder, where=''):
-    """FloatingPointError that names what of loss, reconstruction, KL_0 … (2 + J,) is not finite."""
-    if not losses.isfinite().all():
-        names = ['the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))]
-        bad = [name for name, value in zip(names, losses) if not value.isfinite()]
-        diverged(', '.join(bad) + where, step, folder)
+            return torch.empty_like(form).copy_(found.detach())
+    elif found is form or type(found) is type(form) and math.isfinite(found):
+        return found
+    raise ValueError(f'{name} is not as expected')
 
 
 def diverged(what, step, folder):
@@ -510,13 +489,12 @@ def diverged(what, step, folder):
                              'or --beta, or --warmup 1000')
 
 
-def announce(settings, dataset, model, step):
-    """The first lines: what is trained, and what its options lead one to expect."""
-    s = settings
-    shape = ' × '.join(str(size) for size in dataset.shape)
+def announce(s, dataset, model, step):
+    """The first lines: what is trained, and what its settings lead one to expect."""
     parameters = sum(p.numel() for p in model.parameters())
-    say(f'{dataset.name}, {len(dataset):,} images {shape} | {describe(s)}, {s.likelihood} | '
-        f'{parameters:,} parameters, {s.device} {s.precision} | {s.run}')
+    say(f'{dataset.name}, {len(dataset):,} images {" × ".join(map(str, dataset.shape))} | '
+        f'{describe(s)}, {s.likelihood} | {parameters:,} parameters, {s.device} {s.precision} | '
+        f'{s.run}')
     if step:
         say(f'resuming from step {step:,}')
     for name, steps in (('β or C', s.anneal), ('the learning rate', s.warmup)):
@@ -530,11 +508,10 @@ def announce(settings, dataset, model, step):
 
 
 def progress_line(run):
-    _, recon, *kl = run.means().tolist()
-    s = run.settings
-    letter = 'β' if s.capacity is None else 'C'
-    return (f'step {run.step:,}/{s.steps:,}  {letter} {run.beta:.4g}  recon {recon:.1f}  '
-            f'KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{s.latents}')
+    _, recon, *kl = run.means()
+    letter = 'β' if run.settings.capacity is None else 'C'
+    return (f'step {run.step:,}/{run.settings.steps:,}  {letter} {run.beta:.4g}  '
+            f'recon {recon:.1f}  KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{len(kl)}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -545,9 +522,9 @@ def progress_line(run):
 def codes_of(model, images):
     """μ and log σ² of images, uint8 (n, C, 64, 64): float32 (n, J) each, on the CPU."""
     device = next(model.parameters()).device
-    codes = [model.encode(as_input(part.to(device))) for part in images.split(64)]  # fits caches
-    mu, logvar = zip(*codes)
-    return torch.cat(mu).cpu(), torch.cat(logvar).cpu()
+    codes = [model.encode(as_input(part.to(device)))
+             for part in torch.as_tensor(images).split(64)]                 # 64 fit the caches
+    return tuple(torch.cat(part).cpu() for part in zip(*codes))
 
 
 @torch.no_grad()
@@ -605,21 +582,19 @@ def linear_latents(dataset, settings):
 def known_factors(model, dataset, kl, n):
     """What the latents know of the factors, over n images of a fixed draw: their names, the MIG,
     the dimension-wise KL, and of each factor's entropy the largest share that a latent has."""
-    names = [f'z{j}' for j in range(len(kl))]
     if max(dataset.factor_sizes, default=1) == 1:
-        return dict(latent_names=names)
-    rng = np.random.default_rng(0)
-    index = rng.integers(len(dataset), size=n) if len(dataset) > n else np.arange(len(dataset))
-    codes = [codes_of(model, dataset.images(part)) for part in torch.from_numpy(index).split(1024)]
-    mu, logvar = (torch.cat(part) for part in zip(*codes))                          # (n, J)
+        return dict(latent_names=[f'z{j}' for j in range(len(kl))])
+    index = (np.random.default_rng(0).integers(len(dataset), size=n) if len(dataset) > n
+             else np.arange(len(dataset)))                                          # (n,)
+    mu, logvar = codes_of(model, dataset.images(index))                             # (n, J)
     v = np.stack(np.unravel_index(index, dataset.factor_sizes), 1)                  # (n, K)
     z = sample(mu, logvar, fixed_noise(*mu.shape))
     mig, mig_samples = (metrics.mutual_information_gap(codes.numpy(), v)[0] for codes in (mu, z))
     _, information = metrics.mutual_information_gap(mu.numpy(), v, bins=20)         # (J, K)
     share = information / np.maximum(metrics.entropy_of(v), 1e-12)
-    for j, k in enumerate(share.argmax(1)):
-        if share[j, k] >= 0.05 and kl[j] > ACTIVE:
-            names[j] += f': {dataset.factor_names[k]} {share[j, k]:.0%}'
+    names = [f'z{j}: {dataset.factor_names[k]} {share[j, k]:.0%}'
+             if share[j, k] >= 0.05 and kl[j] > ACTIVE else f'z{j}'
+             for j, k in enumerate(share.argmax(1))]
     logvar = logvar.clamp(-50, 50)              # with β = 0 nothing keeps the uncertainty from 0
     parts = metrics.elbo_decomposition(mu.numpy(), logvar.numpy(), samples=min(500, len(mu)))
     return dict(latent_names=names, mig=mig, mig_samples=mig_samples,
@@ -655,8 +630,8 @@ def summarise(model, dataset, settings, log, held_out, n):
 
 def fingerprint(weights):
     """What tells one state_dict from another: what a summary and its scores belong to."""
-    content = b''.join(t.cpu().numpy().tobytes() for t in weights.values())
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(b''.join(
+        t.cpu().numpy().tobytes() for t in weights.values())).hexdigest()
 
 
 def draw(folder, model, settings, summary, log, frames, held_out):
@@ -669,23 +644,19 @@ def draw(folder, model, settings, summary, log, frames, held_out):
     shown = [j for j in order if kl[j] > ACTIVE][:12] or order[:1]
     labels = [f'{names[j]}, {kl[j]:.2f} nats' for j in shown]
     notes = [f"{len(shown)} of {summary['active_latents']} active latents, {len(kl)} in all"]
-    if 'mig' in summary:
-        notes.append("%: how much of that factor's entropy the latent's mean knows")
+    notes += ["%: how much of that factor's entropy the latent's mean knows"] * ('mig' in summary)
 
     eight = held_out[:8].cpu()                                              # (≤ 8, C, 64, 64)
     prior = means_of(model, fixed_noise(2, len(eight), len(kl)))
     data.save_picture(folder / 'reconstructions.jpg', data.sheet(
         torch.stack([eight, frames[summary['steps']], *prior]),
         ['held out', 'reconstructed', 'from the prior', ''], title))
-
-    grid = traverse(mu[min(3, len(mu) - 1)], shown, torch.linspace(-3, 3, 8))
     data.save_picture(folder / 'traversal.jpg', data.sheet(
-        means_of(model, grid), labels,
+        means_of(model, traverse(mu[:4][-1], shown, torch.linspace(-3, 3, 8))), labels,
         f'{title}: each latent from -3 to 3, the others as in one image', notes))
-
-    top = means_of(model, top_latent(mu, logvar))
     data.save_picture(folder / 'top_latent.jpg', data.sheet(
-        top, ['others at 0', 'all + 1 st. dev.', 'all + 2 st. dev.'], f'{title}: {labels[0]}'))
+        means_of(model, top_latent(mu, logvar)),
+        ['others at 0', 'all + 1 st. dev.', 'all + 2 st. dev.'], f'{title}: {labels[0]}'))
 
     values = -torch.cos(torch.linspace(0, math.pi, 9))                      # -1 → 1
     moving = means_of(model, torch.stack([traverse(z, shown, values) for z in mu[:8]], 1))
@@ -704,8 +675,8 @@ def curves(settings, log, latents):
 
     def panel(term, title):
         both = log[term], log[f'held_out_{term}']
-        early = len(steps) // 20                # the first fall would flatten all that follows
-        limits = min(min(ys) for ys in both), max(max(ys[early:]) for ys in both)
+        limits = (min(min(ys) for ys in both),
+                  max(max(ys[len(steps) // 20:]) for ys in both))   # the first fall dwarfs the rest
         return dict(title=title, x='step', limits=limits,
                     series={'train': (steps, both[0]), 'held out': (steps, both[1])})
     return data.chart([
@@ -732,35 +703,32 @@ def compare(argv):
     runs = [finished(folder) for folder in args.runs + baselines(out, args.baselines)]
     if len({json.dumps(run['dataset']) for run in runs}) != 1:
         raise UserError('give the folders of finished runs on one data set, or --baselines 3')
-    rows = {}
-    for run in runs:
-        label = run['label'] + (f", {run['steps']:,} steps" if run['steps'] else '')
-        rows.setdefault(label, []).append(run)
+    rows = {run['row']: [other for other in runs if other['row'] == run['row']] for run in runs}
     shared = vars(options()).keys() - {'run', 'seed', 'steps', 'data'}
     for label, row in rows.items():
         if len({run['seed'] for run in row}) < len(row) or any(
                 run.get(name) != row[0].get(name) for run in row for name in shared):
             raise UserError(f"{', '.join(str(run['folder']) for run in row)} make a row, {label}: "
                             'they must differ in the seed, and in no other option')
-    if args.pairs:
-        for run in runs:
-            score(run, args.pairs, args.factors, args.train)
-
+    for run in runs if args.pairs else []:
+        score(run, args.pairs, args.factors, args.train)
     out.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for run in runs for name in run)
     scores = [name for name in names if name.startswith('accuracy')]
-    shares = [name for name in names if name.startswith('share')]
-    figures = ['reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig', 'mig_samples',
-               'top_latent', 'top_latent_by_mean']
-    for title, shown in dict(comparison=figures, factors=shares, metric=scores).items():
+    tables = dict(
+        comparison=['reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig',
+                    'mig_samples', 'top_latent', 'top_latent_by_mean'],
+        factors=[name for name in names if name.startswith('share')], metric=scores)
+    for title, shown in tables.items():
         if shown:
             data.write_table(out / f'{title}.md', table(rows, shown))
     if scores:
         data.save_picture(out / 'metric.png', metric_chart(rows, scores))
-    for x, y in args.chart:
-        data.save_picture(out / f'{x}-{y}.png', chart_of(runs, x, y))
+    for axes in args.chart:
+        data.save_picture(out / f"{axes.replace(':', '-')}.png", chart_of(runs, axes))
+    trained = {label: row for label, row in rows.items() if 'kl' in row[0]}         # no baselines
     try:
-        draw_comparison(out, rows)
+        draw_comparison(out, trained)
     except UserError as error:                          # data or checkpoints that are not here
         say(f'no pictures of these runs: {error}')
 
@@ -787,7 +755,8 @@ def finished(folder):
     if (scores.get('steps'), scores.get('weights')) == (run['steps'], run['weights']):
         run |= {name: value for name, value in dict(scores.get('scores', {})).items()
                 if isinstance(value, float) and re.fullmatch(r'accuracy_K\d+_L\d+.*', name)}
-    return run | dict(folder=folder)
+    return run | dict(folder=folder, row=run['label'] + (
+        f", {run['steps']:,} steps" if run['steps'] else ''))
 
 
 def read_json(path):
@@ -804,8 +773,8 @@ def table(rows, names):
         values = [run.get(name) for run in row]
         if not all(isinstance(value, (int, float)) for value in values):
             return '; '.join(str(value) for value in values if value is not None)
-        percent = name.startswith(('accuracy', 'share'))
-        form = '{:.1%}' if percent else '{:.3f}' if 'mig' in name else '{:.5g}'
+        form = ('{:.1%}' if name.startswith(('accuracy', 'share')) else
+                '{:.3f}' if 'mig' in name else '{:.5g}')
         low, mean, high = (form.format(of(values)) for of in (min, np.mean, max))
         return mean if len(values) == 1 else f'{mean} ({low} to {high})'
     return [['run', 'seeds', *(name.replace('_', ' ') for name in names)]] + [
@@ -831,9 +800,10 @@ def metric_chart(rows, scores):
         for title, series in panels.items()])
 
 
-def chart_of(runs, x, y):
-    """A result against an option, a series for each value of whatever else varies; or against
-    another result, a point for each run."""
+def chart_of(runs, axes):
+    """Of axes 'x:y', a result against an option, a series for each value of whatever else varies;
+    or against another result, a point for each run."""
+    x, _, y = axes.partition(':')
     given = vars(options())
     varying = [name for name in given if name not in (x, 'run', 'seed', 'device', 'precision')
                and len({run.get(name) for run in runs}) > 1]
@@ -843,7 +813,7 @@ def chart_of(runs, x, y):
             words = ', '.join(f'{name} {run.get(name)}' for name in varying)
             series.setdefault(words if x in given else run['label'], []).append((run[x], run[y]))
     if not series:
-        raise UserError(f'--chart {x}:{y}: no run has both, as numbers')
+        raise UserError(f'--chart {axes}: no run has both, as numbers')
     xs = [x for pairs in series.values() for x, _ in pairs]
     return data.chart([dict(title=y, x=x, points=x not in given, log_x=0 < 50 * min(xs) < max(xs),
                             series={words: curve(pairs) for words, pairs in series.items()})])
@@ -854,25 +824,23 @@ def draw_comparison(out, rows):
     pictures = {}
     lines = {}
     for label, row in rows.items():
-        if 'kl' not in row[0]:                                                  # a baseline
-            continue
-        dataset = dataset_of(row[0])
-        model = trained_model(read_checkpoint(row[0]['folder']), row[0]['precision'])
-        codes = codes_of(model, torch.from_numpy(dataset.images(dataset.held_out(1000))))
-        pictures[f"{label}: {row[0]['top_latent']}"] = means_of(model, top_latent(*codes)[0])
-        if row[0].get('linear_latents') is not None:
+        first = row[0]
+        dataset = dataset_of(first)
+        model = load(first['folder'], first['precision'])
+        top = top_latent(*codes_of(model, dataset.images(dataset.held_out(1000))))
+        pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
+        if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
-            name = f"{label}: {row[0]['linear_latents']} above, {active} active"
-            lines[name] = row[0]['beta'] / 2
+            lines[f"{label}: {first['linear_latents']} above, {active} active"] = first['beta'] / 2
     if pictures:
         data.save_picture(out / 'comparison.jpg', data.sheet(
             torch.stack(list(pictures.values())), list(pictures),
             'the latent of largest KL from its smallest to its largest value, all others 0'))
     if lines:
-        values = spectrum(dataset)[:48].numpy()
         data.save_picture(out / 'spectrum.png', data.chart([dict(
             title='variance λ of the pixels in each principal direction, and β/2', x='direction',
-            log_y=True, points=True, lines=lines, series={'λ': (np.arange(1, 49), values)})]))
+            log_y=True, points=True, lines=lines,
+            series={'λ': (np.arange(1, 49), spectrum(dataset)[:48].numpy())})]))
 
 
 def dataset_of(run):
@@ -900,19 +868,19 @@ def score(run, pairs, factors, train):
     kinds = ('', '_samples') if 'kl' in run else ('',)
     for K, L, kind in itertools.product(factors, pairs, kinds):
         name = f'accuracy_K{K}_L{L}' + f'_N{train}' * (train != 10000) + kind
-        if name in run:
-            continue
-        codes = codes or encoders(run, dataset)
-        encode = watched(codes[kind], 2 * L * (train + train // 2), f"{run['folder'].name} {name}")
-        try:
-            run[name] = metrics.disentanglement_score(
-                encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train,
-                test=train // 2, rng=np.random.default_rng(run['seed']))
-        except ValueError as error:
-            raise UserError(f"{run['folder']}: {error}") from None
-        scores = {name: value for name, value in run.items() if name.startswith('accuracy')}
-        data.write_json(run['folder'] / 'scores.json',
-                        dict(steps=run['steps'], weights=run['weights'], scores=scores))
+        if name not in run:
+            codes = codes or encoders(run, dataset)
+            encode = watched(codes[kind], 2 * L * (train + train // 2),
+                             f"{run['folder'].name} {name}")
+            try:
+                run[name] = metrics.disentanglement_score(
+                    encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train,
+                    test=train // 2, rng=np.random.default_rng(run['seed']))
+            except ValueError as error:
+                raise UserError(f"{run['folder']}: {error}") from None
+            data.write_json(run['folder'] / 'scores.json', dict(
+                steps=run['steps'], weights=run['weights'],
+                scores={name: x for name, x in run.items() if name.startswith('accuracy')}))
 
 
 def encoders(run, dataset):
@@ -921,10 +889,10 @@ def encoders(run, dataset):
     rng = np.random.default_rng(run['seed'])
     if run['label'] in BASELINES:
         return {'': baseline(run['label'], dataset, rng)}
-    model = trained_model(read_checkpoint(run['folder']), run['precision'])
+    model = load(run['folder'], run['precision'])
 
     def both(index):
-        mu, logvar = codes_of(model, dataset.images(torch.from_numpy(index)))
+        mu, logvar = codes_of(model, dataset.images(index))
         noise = torch.from_numpy(rng.standard_normal(mu.shape, np.float32))
         return torch.stack([mu, sample(mu, logvar, noise)], 1).numpy()          # (n, 2, J)
     if len(dataset) <= 10 ** 6:                     # else none of two billion faces comes twice
@@ -947,11 +915,10 @@ def watched(encode, total, what):
 
     def counted(index):
         nonlocal done
-        codes = encode(index)
         done += len(index)
         if progress.due(done):
             progress.show(done, f'{what}: {done:,} of {total:,} images')
-        return codes
+        return encode(index)
     return counted
 
 
@@ -980,7 +947,7 @@ def baseline(label, dataset, rng):
         model = initial_model(options(seed=rng.integers(2 ** 32), latents=10, device='cpu'), 1)
 
         def encode(index):
-            return codes_of(model, torch.from_numpy(dataset.images(index)))[0].numpy()
+            return codes_of(model, dataset.images(index))[0].numpy()
     else:
         x = pixels(rng.integers(len(dataset), size=10000))
         mean, matrix = metrics.pca(x) if label == 'PCA' else metrics.fast_ica(x, rng=rng)
@@ -1012,7 +979,7 @@ K, so give both with every score. Scores are kept in scores.json, in the folder 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and no abbreviations."""
+    """argparse with errors of one line, no abbreviations, and help on any terminal."""
 
     def __init__(self, prog, description):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
@@ -1021,38 +988,35 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f'{message} (see --help)')
 
+    def print_help(self, file=None):
+        say(self.format_help(), end='', file=file)
 
-def number(kind, low, high):
+
+def between(kind, low, high):
     """A parser of numbers within bounds; NaN is in none."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f'{text} is not between {low:g} and {high:g}')
         return value
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
 def integers(text):
-    return sorted({number(int, 1, 10 ** 6)(word) for word in text.split(',')})
-
-
-def axes(text):
-    x, y = text.split(':')
-    return x, y
+    return sorted({between(int, 1, 10 ** 6)(word) for word in text.split(',')})
 
 
 def training_parser():
     parser = Parser('betavae.py', HELP)
-    whole = number(int, 0, 10 ** 9)
-    positive = number(int, 1, 10 ** 9)
-    real = number(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
+    whole = between(int, 0, 10 ** 9)
+    positive = between(int, 1, 10 ** 9)
+    real = between(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
     add = parser.add_argument_group('data (x)').add_argument
     add('--data', default='faces', help='faces (default), dsprites, a folder or .zip of images')
     add('--crop', type=positive, help='side of the centred square cut from images; CelebA: 128')
     add = parser.add_argument_group('model').add_argument
-    add('--latents', type=number(int, 1, 512), help='J (default: 10 for dsprites, else 32)')
-    add('--leak', type=number(float, 0, 1), default=0.2,
+    add('--latents', type=between(int, 1, 512), help='J (default: 10 for dsprites, else 32)')
+    add('--leak', type=between(float, 0, 1), default=0.2,
         help='slope of the ReLUs below zero (default: 0.2; the paper: 0)')
     add = parser.add_argument_group('objective').add_argument
     add('--beta', type=real, default=1.0, help='β, the weight of the KL term (default: 1)')
@@ -1065,12 +1029,12 @@ def training_parser():
         help='p(x|z) (default: bernoulli for one channel, gaussian of variance ½ for colour)')
     add = parser.add_argument_group('optimiser (Adam)').add_argument
     add('--steps', type=positive, default=50000, help='(default: 50000)')
-    add('--batch', type=number(int, 1, 65536), default=64, help='B (default: 64)')
-    add('--lr', type=number(float, 1e-12, 1e6), default=5e-4, help='learning rate (default: 5e-4)')
+    add('--batch', type=between(int, 1, 65536), default=64, help='B (default: 64)')
+    add('--lr', type=between(float, 1e-12, 1e6), default=5e-4, help='learning rate (default: 5e-4)')
     add('--warmup', type=whole, default=0, help='steps over which it rises to --lr (default: 0)')
     add = parser.add_argument_group('run').add_argument
     add('--run', help='its folder (default: runs/ and a name made from the options)')
-    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
+    add('--seed', type=between(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
     add('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='(default: auto)')
     add('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
         help='of the convolutions (default: auto, bf16 where the hardware supports it)')
@@ -1084,11 +1048,11 @@ def compare_parser():
     add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
     add('--factors', type=integers, metavar='K,…',
         help='of the metric: the last K factors (default: all; dSprites with 4 is without shape)')
-    add('--train', type=number(int, 10, 10 ** 6), default=10000, metavar='N',
+    add('--train', type=between(int, 10, 10 ** 6), default=10000, metavar='N',
         help='of the metric: training points (default: 10000)')
-    add('--baselines', type=number(int, 0, 100), default=0, metavar='SEEDS',
+    add('--baselines', type=between(int, 0, 100), default=0, metavar='SEEDS',
         help='also codes of dSprites that need no training, over this many seeds')
-    add('--chart', type=axes, action='append', default=[], metavar='X:Y',
+    add('--chart', action='append', default=[], metavar='X:Y',
         help='draw a chart of two options or results, such as beta:kl')
     add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')
     return parser
@@ -1099,23 +1063,20 @@ def options(*argv, **given):
 
     Raises UserError for what is unknown, out of range or contradictory.
     """
-    parser = training_parser()
-    unknown = given.keys() - vars(parser.parse_args([])).keys()
-    if unknown:
-        raise UserError(f'there is no option {", ".join(map(str, unknown))}')
-    words = [f'--{name.replace("_", "-")}' + ('' if value is True else f'={value}')
+    words = [f'--{name.replace("_", "-")}' + f'={value}' * (name != 'tc')
              for name, value in given.items() if value is not None and value is not False]
-    s = parser.parse_args([*argv, *words])
-    if any(isinstance(value, list) for value in vars(s).values()):      # what argparse makes of it
-        raise UserError("'--' is not a value")
-    if s.beta_from is not None and not s.anneal:
-        raise UserError('--beta-from needs --anneal: the steps over which β moves')
-    if s.tc and s.batch == 1:
-        raise UserError('--tc needs a --batch of two or more')
-    if s.capacity is None and s.gamma is not None:
-        raise UserError('--gamma needs --capacity')
-    if s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None):
-        raise UserError('--capacity takes the place of --beta, --beta-from and --tc')
+    s = training_parser().parse_args([*argv, *words])
+    contradictions = {                                  # argparse makes a list of --name=--
+        "'--' is not a value": any(isinstance(value, list) for value in vars(s).values()),
+        '--beta-from needs --anneal: the steps over which β moves':
+            s.beta_from is not None and not s.anneal,
+        '--tc needs a --batch of two or more': s.tc and s.batch == 1,
+        '--gamma needs --capacity': s.capacity is None and s.gamma is not None,
+        '--capacity takes the place of --beta, --beta-from and --tc':
+            s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None)}
+    for message, found in contradictions.items():
+        if found:
+            raise UserError(message)
     return s
 
 
@@ -1126,22 +1087,22 @@ def settle(settings, dataset):
     s.crop = dataset.crop
     s.latents = s.latents or usual_latents(s.data)
     s.likelihood = s.likelihood or ('bernoulli' if dataset.shape[0] == 1 else 'gaussian')
-    if s.capacity is not None:
-        s.gamma = 1000.0 if s.gamma is None else s.gamma
+    if s.capacity is not None and s.gamma is None:
+        s.gamma = 1000.0
     if s.batch > dataset.train_size:
         raise UserError(f'--batch {s.batch} is more than the {dataset.train_size} training images '
                         f'of {s.data}')
-    name = f'{Path(s.data).stem} {describe(s)}' + f' seed {s.seed}' * (s.seed > 0)
-    name = name.replace('β', 'beta').replace(',', '')
-    s.run = s.run or str(Path('runs', re.sub('[^A-Za-z0-9.]+', '-', name)))
+    name = f'{Path(s.data).stem} {describe(s)}'.replace('β', 'beta').replace(',', '')
+    name = re.sub('[^A-Za-z0-9.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
+    s.run = s.run or str(Path('runs', name))
     found = read_checkpoint(s.run)['settings'] if Path(s.run, 'checkpoint.pt').is_file() else {}
     devices = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if s.device == 'auto':
-        s.device = found.get('device') or next(name for name, there in devices.items() if there)
+        s.device = found.get('device') or next(filter(devices.get, devices))
     if not devices[s.device]:
         raise UserError(f'there is no {s.device} device here')
     if s.precision == 'auto':
-        s.precision = found.get('precision') or ('bf16' if has_bf16(s.device) else 'fp32')
+        s.precision = found.get('precision', 'bf16' if has_bf16(s.device) else 'fp32')
     return s
 
 
@@ -1149,18 +1110,15 @@ def usual_latents(source):
     return 10 if Path(source).name.startswith('dsprites') else 32
 
 
-def describe(settings):
-    """A run in words: its objective, and what is unusual of its model and optimiser."""
-    s = settings
-    end = s.beta if s.capacity is None else s.capacity
-    kind = 'TC β' if s.tc else 'β' if s.capacity is None else 'C'
-    words = f'{kind} {end:g}'
-    if s.anneal:
-        words = f'{kind} {s.beta_from or 0:g} → {end:g} over {s.anneal:,}'
+def describe(s):
+    """A run in words, from its settings: its objective, what is unusual of model and optimiser."""
+    kind, end = ('TC β' if s.tc else 'β', s.beta) if s.capacity is None else ('C', s.capacity)
+    rise = f'{s.beta_from or 0:g} → {end:g} over {s.anneal:,}' if s.anneal else f'{end:g}'
     usual = vars(options(latents=usual_latents(s.data)))
-    return ', '.join([words] + [f'{name} {getattr(s, name):g}' for name in
-                                ('latents', 'leak', 'gamma', 'batch', 'lr', 'warmup')
-                                if getattr(s, name) not in (None, usual[name])])
+    unusual = [f'{name} {getattr(s, name):g}'
+               for name in ('latents', 'leak', 'gamma', 'batch', 'lr', 'warmup')
+               if getattr(s, name) not in (None, usual[name])]
+    return ', '.join([f'{kind} {rise}', *unusual])
 
 
 def has_bf16(device):
@@ -1184,34 +1142,30 @@ def keep_freed_memory():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     keep_freed_memory()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='replace')            # β on a terminal of ASCII
     try:
         if argv[:1] == ['compare']:
             compare(argv[1:])
         else:
             settings = options(*argv)
             train(data.load(settings.data, settings.crop), settings)
-    except (UserError, KeyboardInterrupt, FloatingPointError, OSError, MemoryError,
-            RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'allocate' not in str(error):
+    except (Exception, KeyboardInterrupt) as error:
+        if out_of_memory(error):
+            message = 'not enough memory; try a smaller --batch'
+        elif isinstance(error, OSError) and error.filename:
+            message = f'{error.strerror}: {error.filename}'
+        elif isinstance(error, (UserError, KeyboardInterrupt, FloatingPointError, OSError)):
+            message = str(error) or 'interrupted'
+        else:
             raise
         if data.on_terminal():
             say('')                             # below the line of progress
-        say(f'betavae: {told(error)}', file=sys.stderr)
-        codes = {UserError: 2, KeyboardInterrupt: 130}
-        raise SystemExit(codes.get(type(error), 1)) from None
+        say(f'betavae: {message}', file=sys.stderr)
+        raise SystemExit({UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)) from None
 
 
-def told(error):
-    """An error in one line: what, where, what to do."""
-    if isinstance(error, OSError):
-        parts = [str(part) for part in (error.strerror, error.filename) if part]
-        return ': '.join(parts) or str(error)
-    if isinstance(error, (MemoryError, RuntimeError)):
-        return 'not enough memory; try a smaller --batch'
-    return str(error) or 'interrupted'
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and 'allocate' in str(error))           # torch's
 
 
 # /// script

@@ -7,12 +7,10 @@
 
 Nothing is downloaded: dSprites (Matthey et al. 2017) and the faces are drawn by formula.
 """
-import collections
 import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import operator
@@ -30,11 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None
 
 HELD_OUT_EVERY = 19     # coprime to the sizes of all factors: both parts hold each value of each
 
@@ -59,6 +52,7 @@ class Dataset:
     draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64), on one device
     size        N, where no factors are known
     """
+    source = crop = None                    # where `load` found it, and how it was cropped
 
     def __init__(self, name, shape, factors, draw, size=None):
         self.name = name
@@ -67,10 +61,9 @@ class Dataset:
         self.factor_names = tuple(self.factors)
         self.factor_sizes = tuple(self.factors.values())
         self.draw = draw
-        self.source = None                  # where `load` found it, and
-        self.crop = None                    # how it was cropped
         product = math.prod(self.factor_sizes) if factors else size
         self.size = operator.index(product if size is None else size)
+        self.train_size = self.size - math.ceil(self.size / HELD_OUT_EVERY)
         if self.shape not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f'shape must be (1, 64, 64) or (3, 64, 64), not {self.shape}')
         if min(self.size, *self.factor_sizes, 1) < 1 or self.size != product:
@@ -91,10 +84,9 @@ class Dataset:
         if not torch.is_tensor(given):
             return self.images(torch.from_numpy(given.astype(np.int64))).numpy()
         index = given.long()
-        if index.device.type == 'cpu' and len(index):
-            low, high = map(int, index.aminmax())
-            if low < 0 or high >= self.size:
-                raise IndexError(f'there are images 0 to {self.size - 1}, not {low} to {high}')
+        if index.device.type == 'cpu' and not ((0 <= index) & (index < self.size)).all():
+            raise IndexError(f'there are images 0 to {self.size - 1}, not {index.min()} to '
+                             f'{index.max()}')
         parts = [self.draw(part) for part in index.split(256)]              # 256 fit the caches
         found, shape = parts[0], (min(len(index), 256), *self.shape)
         if not torch.is_tensor(found) or (found.dtype, found.shape) != (torch.uint8, shape):
@@ -104,10 +96,6 @@ class Dataset:
     def train_index(self, i):
         """The i-th index of the training part, i in 0 … train_size − 1 (array or tensor)."""
         return i + i // (HELD_OUT_EVERY - 1) + 1
-
-    @property
-    def train_size(self):
-        return self.size - (self.size + HELD_OUT_EVERY - 1) // HELD_OUT_EVERY
 
     def held_out(self, n):
         """At most n indices of the held-out part, int64: a random draw, the same in every run."""
@@ -130,23 +118,23 @@ def load(source, crop=None):
     crop: side in pixels of the centred square cut from your own images before they are resized
     (CelebA: 128); None for the largest. Raises UserError for whatever cannot be loaded.
     """
-    dataset = find(source, crop)
-    dataset.source = source if source in ('faces', 'dsprites') else os.path.abspath(source)
+    drawn = source in ('faces', 'dsprites')
+    official = str(source).endswith('.npz') and os.path.isfile(source)
+    if crop is not None and (drawn or official):
+        raise UserError(f'--crop is for your own images; {source} is 64 × 64 already')
+    if drawn:
+        dataset = faces() if source == 'faces' else dsprites()
+    elif official:
+        dataset = dsprites(source)
+    elif os.path.isdir(source) or os.path.isfile(source) and zipfile.is_zipfile(source):
+        dataset = photographs(Path(source).resolve(), crop)
+    else:
+        wrong = 'is not a complete .zip of images' if os.path.exists(source) else 'does not exist'
+        raise UserError(f'"{source}" {wrong}: '
+                        'give faces, dsprites, a folder, .zip or dSprites .npz')
+    dataset.source = source if drawn else os.path.abspath(source)
     dataset.crop = crop
     return dataset
-
-
-def find(source, crop):
-    drawn = {'faces': faces, 'dsprites': dsprites}
-    official = str(source).endswith('.npz') and os.path.isfile(source)
-    if crop is not None and (source in drawn or official):
-        raise UserError(f'--crop is for your own images; {source} is 64 × 64 already')
-    if source in drawn or official:
-        return drawn[source]() if source in drawn else dsprites(source)
-    if os.path.isdir(source) or os.path.isfile(source) and zipfile.is_zipfile(source):
-        return photographs(Path(source).resolve(), crop)
-    wrong = 'is not a complete .zip of images' if os.path.exists(source) else 'does not exist'
-    raise UserError(f'"{source}" {wrong}: give faces, dsprites, a folder, .zip or dSprites .npz')
 
 
 # dSprites: three shapes × 6 scales × 40 orientations × 32 × 32 positions, black and white ---------
@@ -313,25 +301,25 @@ def face_masks():
 def faces():
     """Faces of ten factors, (3, 64, 64): a modest stand-in for CelebA. Shape depends on few factors
     and colour on the others: an image is Σ coverage × colour over layers."""
-    masks = face_masks()
-    arrays = *masks.values(), np.float32(ENDS), np.float32(CLOTHES_WHITE_DARK_LIPS)
-    tables = functools.cache(lambda device: [torch.from_numpy(a).to(device) for a in arrays])
+    arrays = dict(**face_masks(), ends=np.float32(ENDS), fixed=np.float32(CLOTHES_WHITE_DARK_LIPS))
+    tables = functools.cache(lambda device: {name: torch.from_numpy(array).to(device)
+                                             for name, array in arrays.items()})
 
     def draw(index):
-        n, device = len(index), index.device
-        *planes, ends, fixed = tables(device)                       # ends (3, 2, 3), fixed (4, 3)
-        m = dict(zip(masks, planes))
-        v = {}                                                      # the factors' values, (n,) each
+        n = len(index)
+        m = tables(index.device)
+        fixed = m['fixed']
+        v = {}                          # the factors' values, (n,) each, as torch.unravel_index …
         for name, size in reversed(FACES.items()):
             v[name] = index % size
-            index = index // size
+            index = index // size       # … which would stall a GPU
         level = {k: v[k].float()[:, None] / (size - 1) for k, size in FACES.items()}    # (n, 1)
 
         def row(name, factor):
             return m[name][v['azimuth'] * FACES[factor] + v[factor]]                    # (n, 4096)
         background, skin, hair = (                                  # (n, 3) each
             first + level[name] * (last - first) for (first, last), name
-            in zip(ends, ('background colour', 'skin tone', 'hair colour')))
+            in zip(m['ends'], ('background colour', 'skin tone', 'hair colour')))
         angle = torch.sin((level['lighting angle'] - 0.5) * 2.4)    # light from left … right
         shading = 0.56 * (level['background shading'] - 0.5)
         white, dark, lips = (row(name, 'smile') for name in ('white', 'dark', 'lips'))
@@ -346,7 +334,7 @@ def faces():
             (locks, m['roundness'], 0.40 * angle * hair), (bare, row('skin', 'jaw'), skin),
             (bare, row('side', 'jaw'), 0.56 * angle * skin), (under, m['clothes'], fixed[0]),
             (under, white, fixed[1]), (under, dark, fixed[2]), (under, lips, fixed[3]))
-        coverage = torch.empty(n, len(layers), 4096, device=device)
+        coverage = torch.empty(n, len(layers), 4096, device=index.device)
         for k, (a, b, _) in enumerate(layers):
             torch.mul(a, b, out=coverage[:, k])
         colours = torch.stack([colour.expand(n, 3) for *_, colour in layers], 2)    # (n, 3, layers)
@@ -372,8 +360,8 @@ def photographs(path, crop):
     name = path.name if path.is_dir() else path.stem
     key = hashlib.sha256(repr((key, crop, 'cache 2')).encode()).hexdigest()[:16]
     try:
-        home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-        cache = Path(home, 'betavae', f'{name[:40]}-{key}.npy').absolute()
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache',
+                     'betavae', f'{name[:40]}-{key}.npy').absolute()
         cache.parent.mkdir(parents=True, exist_ok=True)
         sweep(cache.parent)
         try:
@@ -401,8 +389,8 @@ def photographs(path, crop):
 
 def is_image(name):
     """Whether a path has one of the endings and no hidden part: macOS hides twins of images."""
-    hidden = any(part.startswith('.') or part == '__MACOSX' for part in Path(name).parts)
-    return not hidden and Path(name).suffix.lower() in ' '.join(FORMATS.values()).split()
+    return Path(name).suffix.lower() in ' '.join(FORMATS.values()).split() and not any(
+        part.startswith('.') or part == '__MACOSX' for part in Path(name).parts)
 
 
 def open_folder(path):
@@ -467,27 +455,27 @@ def decode_all(path, names, read, crop, cache):
     need, free = len(names) * 64 * 64 * 3, shutil.disk_usage(cache.parent).free
     if need > free:
         raise OSError(f'no room: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
-    good = done = 0
+    bad = []
     start = time.monotonic()
     with replacing(cache) as file, ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         file.seek(128)                                                          # NumPy's header
         for first in range(0, len(names), 4096):
-            for image in pool.map(attempt, names[first:first + 4096]):
-                done += 1
-                if not isinstance(image, str):
-                    file.write(image)
-                    good += 1
-                elif done - good > len(names) / 100:
-                    raise UserError(f'{path}: over 1 % of the images are unreadable: {image}')
-                elif done - good <= 3:
-                    say(f'skipped {path}: {image}', file=sys.stderr)
+            images = list(pool.map(attempt, names[first:first + 4096]))
+            bad += [image for image in images if isinstance(image, str)]
+            if len(bad) > len(names) / 100:
+                raise UserError(f'{path}: over 1 % of the images are unreadable: {bad[0]}')
+            file.writelines(image for image in images if not isinstance(image, str))
+            done = first + len(images)
             left = (time.monotonic() - start) * (len(names) / done - 1)
-            say(f'{path}: {good:,} of {len(names):,} images decoded, {left:.0f} s', file=sys.stderr)
+            say(f'{path}: {done - len(bad):,} of {len(names):,} images decoded, {left:.0f} s',
+                file=sys.stderr)
         file.seek(0)
-        header = dict(shape=(good, 64, 64, 3), fortran_order=False, descr='|u1')
-        np.lib.format.write_array_header_1_0(file, header)
-    return good
+        np.lib.format.write_array_header_1_0(file, dict(
+            shape=(len(names) - len(bad), 64, 64, 3), fortran_order=False, descr='|u1'))
+    for image in bad[:3]:
+        say(f'skipped {path}: {image}', file=sys.stderr)
+    return len(names) - len(bad)
 
 
 # Files and progress -------------------------------------------------------------------------------
@@ -507,8 +495,7 @@ def replacing(path):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def sweep(folder, age=3600):
@@ -562,16 +549,16 @@ class Progress:
     def __init__(self, total, done=0, size=1):
         self.total = total
         self.size = size
-        self.marks = collections.deque([(time.monotonic(), done)])
+        self.marks = [(time.monotonic(), done)]
 
     def due(self, done):
-        pause = time.monotonic() - self.marks[-1][0]
-        return len(self.marks) == 1 or done == self.total or pause > (0.5 if on_terminal() else 10)
+        return len(self.marks) == 1 or done == self.total or (
+            time.monotonic() - self.marks[-1][0] > (0.5 if on_terminal() else 10))
 
     def show(self, done, line):
         self.marks.append((time.monotonic(), done))
         while self.marks[-1][0] - self.marks[0][0] > 60 and len(self.marks) > 2:
-            self.marks.popleft()
+            self.marks.pop(0)
         start, first = self.marks[0]
         speed = (done - first) / max(self.marks[-1][0] - start, 1e-9)
         left = (self.total - done) / max(speed, 1e-9)
@@ -579,8 +566,8 @@ class Progress:
                 f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s')
         line = f'{line}  {left} left  {speed * self.size:,.0f} images/s'
         if on_terminal():
-            wide = shutil.get_terminal_size().columns - 1
-            say(f'\r{line[:wide]}\x1b[K', end='\n' if done == self.total else '')
+            line = line[:shutil.get_terminal_size().columns - 1]
+            say(f'\r{line}\x1b[K', end='\n' if done == self.total else '')
         else:
             say(line)
 
@@ -589,19 +576,19 @@ class Progress:
 def locked(folder):
     """Hold a folder against other processes until this one ends, however it ends, by a flock on the
     folder itself. Where there is no fcntl (Windows), nothing is held."""
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f'{folder} is being trained by another process') from None
-    try:
+    with contextlib.ExitStack() as stack:
+        handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'{folder} is being trained by another process') from None
         yield
-    finally:
-        os.close(handle)
 
 
 def write_json(path, content):
@@ -633,8 +620,8 @@ def width_of(text, size):
 def sheet(images, labels=(), title='', notes=(), scale=None):
     """Images, uint8 (rows, columns, C, H, W) → a picture of them, with a label left of each row, a
     title above and notes below. They are enlarged `scale` times; if None, up to twice, as fits."""
-    images = torch.as_tensor(images).cpu().permute(0, 1, 3, 4, 2).numpy()       # (…, H, W, C)
-    rows, columns, height, width, _ = images.shape
+    images = torch.as_tensor(images).cpu().expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2).numpy()
+    rows, columns, height, width, _ = images.shape                              # (…, H, W, 3)
     labels = [latin(label, 36) for label in labels]
     left = max((width_of(label, 13) + 18 for label in labels), default=0)
     scale = scale or min(2, max(0.4, ((PAGE - left) / columns - 2) / width))
@@ -644,17 +631,17 @@ def sheet(images, labels=(), title='', notes=(), scale=None):
     below = '\n'.join(latin(note, max(right, 400) // 7) for note in notes)
     top = 28 + 20 * above.count('\n') if title else 0
     bottom = top + rows * down
-    size = (max(right, width_of(above, 15) + 8, width_of(below, 13) + 8),
-            bottom + (27 + 17 * below.count('\n') if notes else 0))
-    picture = Image.new('RGB', size, 'white')
+    picture = Image.new('RGB', (
+        max(right, width_of(above, 15) + 8, width_of(below, 13) + 8),
+        bottom + (27 + 17 * below.count('\n') if notes else 0)), 'white')
     pen = ImageDraw.Draw(picture)
     pen.text((4, 4), above, INK, font(15))
     pen.text((4, bottom + 4), below, GREY, font(13))
     for row, label in enumerate(labels):
         pen.text((left - 10, top + (row + 0.5) * down), label, INK, font(13), 'rm', align='right')
     for row, column in np.ndindex(rows, columns):
-        tile = np.broadcast_to(images[row, column], (height, width, 3)).copy()
-        tile = Image.fromarray(tile).resize((across - 2, down - 2), Image.Resampling.BICUBIC)
+        tile = Image.fromarray(images[row, column])
+        tile = tile.resize((across - 2, down - 2), Image.Resampling.BICUBIC)
         picture.paste(tile, (left + column * across + 1, top + row * down + 1))
     return picture
 
@@ -665,13 +652,13 @@ def ticks(low, high, log, most):
     if log:
         parts = (1, 2, 5) if high - low < most / 2 else (1,)
         powers = range(-300, 301, math.ceil((high - low) / most))
-        found = [(k + math.log10(part), part * 10.0 ** k) for k in powers for part in parts]
+        marks = [(k + math.log10(part), part * 10.0 ** k) for k in powers for part in parts]
     else:
         step = 10.0 ** math.floor(math.log10((high - low) / most))
         step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
-        values = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        found = list(zip(values, values))
-    return [(at, f'{value:,.7g}') for at, value in found if low <= at <= high]
+        steps = range(math.ceil(low / step), math.floor(high / step) + 1)
+        marks = [(k * step, k * step) for k in steps]
+    return [(at, f'{value:,.7g}') for at, value in marks if low <= at <= high]
 
 
 def axis(values, start, end, log=False, limits=None):
@@ -683,7 +670,7 @@ def axis(values, start, end, log=False, limits=None):
         return np.log10(v) if log else v
 
     def pixel(position):
-        return start + (position - low) / (high - low) * (end - start)
+        return np.clip(start + (position - low) / (high - low) * (end - start), -9999, 9999)
     shown = position(values if limits is None else limits)
     shown = shown[np.isfinite(shown)]
     low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
@@ -701,9 +688,9 @@ def chart(panels, size=(460, 320)):
     """Charts, up to three side by side, of `size` or narrower to fit a page → a picture.
 
     A panel is a dictionary: title; x, the name of that axis; series, {name: (xs, ys)}, with error
-    bars {name: (xs, ys, low, high)}. Optional: y, the name of that axis; limits, (low, high) of y;
-    log_x; log_y; lines, {name: y}, drawn across; points=True for markers alone. What is not finite,
-    or not positive on a logarithmic axis, is a gap. The series '' is not in the legend.
+    bars {name: (xs, ys, low, high)}. Optional: limits, (low, high) of y; log_x; log_y; lines,
+    {name: y}, drawn across; points=True for markers alone. What is not finite, or not positive on a
+    logarithmic axis, is a gap. The series '' is not in the legend.
     """
     across = len(panels) if len(panels) < 4 else 2
     width, height = min(size[0], PAGE // across), size[1]
@@ -711,25 +698,23 @@ def chart(panels, size=(460, 320)):
     names = list(dict.fromkeys(name for panel in panels for name in panel['series'] if name))
     wide = 44 + max((width_of(latin(name), 12) for name in names), default=0)
     columns = max(1, (full - 16) // wide)
-    rows = math.ceil(len(names) / columns)
-    picture = Image.new('RGB', (full, high + 22 * rows), 'white')
+    picture = Image.new('RGB', (full, high + 22 * math.ceil(len(names) / columns)), 'white')
     pen = ImageDraw.Draw(picture)
-    colours = dict(zip(['', *names], itertools.chain([INK], itertools.cycle(COLOURS))))
+    colours = dict(zip(['', *names], [INK, *COLOURS * len(names)]))
     for k, name in enumerate(names):
         x, y = 16 + k % columns * wide, high + 10 + k // columns * 20
         pen.rectangle([x, y - 2, x + 18, y + 1], colours[name])
         pen.text((x + 25, y), latin(name), INK, font(12), 'lm')
     for k, panel in enumerate(panels):
-        place = (k % across * width, k // across * height)
-        picture.paste(draw_panel(panel, width, height, colours), place)
+        picture.paste(draw_panel(panel, width, height, colours),
+                      (k % across * width, k // across * height))
     return picture
 
 
 def draw_panel(panel, width, height, colours):
     """A panel of a chart. Data are drawn larger and reduced; text, drawn as it is, stays sharp."""
     series, lines = panel['series'], panel.get('lines', {})
-    title = latin(panel['title'], width // 8)
-    top, bottom, right = (68 if '\n' in title and 'y' in panel else 50), height - 42, width - 16
+    top, bottom, right = 50, height - 42, width - 16
     xs = np.concatenate([[], *(x for x, *_ in series.values())])
     ys = np.concatenate([[], *(y for _, *rest in series.values() for y in rest), [*lines.values()]])
     y_at, y_ticks = axis(ys, bottom, top, panel.get('log_y'), panel.get('limits'))
@@ -737,8 +722,7 @@ def draw_panel(panel, width, height, colours):
     x_at, x_ticks = axis(xs, left, right, panel.get('log_x'))
     picture = Image.new('RGB', (width, height), 'white')
     pen = ImageDraw.Draw(picture)
-    pen.text((14, 8), title, INK, font(14))
-    pen.text((14, top - 22), latin(panel.get('y', '')), GREY, font(12))
+    pen.text((14, 8), latin(panel['title'], width // 8), INK, font(14))
     pen.text(((left + right) / 2, bottom + 24), latin(panel['x']), GREY, font(12), 'ma')
     for y, label in y_ticks:
         pen.line([left, y, right, y], PALE)
@@ -750,14 +734,13 @@ def draw_panel(panel, width, height, colours):
 
     layer = Image.new('RGBA', (FINER * width, FINER * height))
     ink = ImageDraw.Draw(layer)
-    for name, (xs, *values) in series.items():
-        x, y, *bars = (FINER * p for p in (x_at(xs), *(y_at(v).clip(-9999, 9999) for v in values)))
-        for at, *ends in zip(x, *bars):
-            if ends and np.isfinite([at, *ends]).all():
-                ink.line([at, ends[0], at, ends[1]], colours[name], 6)
+    for name, (xs, ys, *bar) in series.items():
+        low, high = bar or (ys, ys)
+        x, y, low, high = FINER * np.array([x_at(xs), *map(y_at, (ys, low, high))])
         radius = 12 if panel.get('points') or len(x) <= 30 else FINER
-        seen = np.isfinite(x + y)
+        seen = np.isfinite(x + y + low + high)
         for k in np.flatnonzero(seen):
+            ink.line([x[k], low[k], x[k], high[k]], colours[name], 6)
             if k and seen[k - 1] and not panel.get('points'):
                 ink.line([x[k - 1], y[k - 1], x[k], y[k]], colours[name], 2 * FINER)
             ink.ellipse([x[k] - radius, y[k] - radius, x[k] + radius, y[k] + radius], colours[name])
@@ -776,9 +759,8 @@ def draw_panel(panel, width, height, colours):
 
 def save_picture(path, picture):
     """Write a picture, .png or .jpg by its ending, reduced to the width of a page."""
-    if picture.width > PAGE:
-        high = round(picture.height * PAGE / picture.width)
-        picture = picture.resize((PAGE, high), Image.Resampling.LANCZOS)
+    size = min(PAGE, picture.width), picture.height
+    picture = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
     form = 'PNG' if str(path).endswith('.png') else 'JPEG'          # which alone has a quality
     write(path, lambda file: picture.save(file, form, quality=90, subsampling=0))
 
@@ -786,8 +768,8 @@ def save_picture(path, picture):
 def save_gif(path, pictures, milliseconds):
     """Write an animation. One palette, from a quarter of all pixels, and no dithering: it does not
     flicker, and is half as large."""
-    sample = Image.fromarray(np.concatenate([np.asarray(p)[::2, ::2] for p in pictures]))
-    palette = sample.quantize(256, kmeans=1)
+    sample = np.concatenate([np.asarray(p)[::2, ::2] for p in pictures])
+    palette = Image.fromarray(sample).quantize(256, kmeans=1)
     frames = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     write(path, lambda file: frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:],
                                             duration=milliseconds, loop=0))
