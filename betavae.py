@@ -62,9 +62,8 @@ class BetaVAE(nn.Module):
             nn.Linear(1024, 256), activation())                     # (B, 256)
         self.posterior = nn.Linear(256, 2 * latents)                # linear: μ, log σ² of any sign
         self.decoder = nn.Sequential(                               # (B, J)
-            nn.Linear(latents, 256), activation(),                  # (B, 256)
-            nn.Linear(256, 1024), activation(), nn.Unflatten(1, (64, 4, 4)),
-            Up(64, 64), activation(),                               # (B, 64, 8, 8)
+            nn.Linear(latents, 256), activation(), nn.Linear(256, 1024), activation(),
+            nn.Unflatten(1, (64, 4, 4)), Up(64, 64), activation(),  # (B, 64, 8, 8)
             Up(64, 32), activation(),                               # (B, 32, 16, 16)
             Up(32, 32), activation(),                               # (B, 32, 32, 32)
             Up(32, channels))                                       # (B, C, 64, 64)
@@ -294,8 +293,7 @@ class Run:
                   for name, was in state['settings'].items()
                   if name not in ('data', 'steps') and was != now[name]]
         if state['dataset'] != self.dataset.identity():     # its place may change, not its images
-            differ.append(f"its data has changed ({state['dataset']['size']:,} images then, "
-                          f'{len(self.dataset):,} now)')
+            differ.append(f"its data has changed (it had {state['dataset']['size']:,} images)")
         if state['step'] > self.settings.steps:
             differ.append(f"it is at step {state['step']:,}, past --steps {self.settings.steps:,}")
         if differ:
@@ -831,16 +829,16 @@ def draw_comparison(out, rows):
         pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
         if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
-            lines[f"{label}: {first['linear_latents']} above, {active} active"] = first['beta'] / 2
+            lines[f"{label}: {first['linear_latents']} above, active: {active}"] = first['beta'] / 2
     if pictures:
         data.save_picture(out / 'comparison.jpg', data.sheet(
             torch.stack(list(pictures.values())), list(pictures),
             'the latent of largest KL from its smallest to its largest value, all others 0'))
     if lines:
         data.save_picture(out / 'spectrum.png', data.chart([dict(
-            title='variance λ of the pixels in each principal direction, and β/2', x='direction',
-            log_y=True, points=True, lines=lines,
-            series={'λ': (np.arange(1, 49), spectrum(dataset)[:48].numpy())})]))
+            title='Variance λ of the pixels in each principal direction (dots), and β/2 (lines)',
+            x='direction', log_y=True, points=True, lines=lines,
+            series={'': (np.arange(1, 49), spectrum(dataset)[:48].numpy())})], size=(700, 400)))
 
 
 def dataset_of(run):
@@ -963,7 +961,7 @@ def baseline(label, dataset, rng):
 
 HELP = """Train a β-VAE. The main command, with its first pictures after seconds:
 
-    python betavae.py --beta 100 --anneal 40000         half an hour on two cores
+    python betavae.py --beta 100 --anneal 40000         20 minutes to an hour on two cores
 
 Ctrl-C saves, and the same command resumes. Finished runs: python betavae.py compare --help"""
 
@@ -981,8 +979,8 @@ K, so give both with every score. Scores are kept in scores.json, in the folder 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, no abbreviations, and help on any terminal."""
 
-    def __init__(self, prog, description):
-        super().__init__(prog=prog, description=description, allow_abbrev=False,
+    def __init__(self, prog, usage, description):
+        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
@@ -997,7 +995,7 @@ def between(kind, low, high):
     def number(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not between {low:g} and {high:g}')
+            raise argparse.ArgumentTypeError(f'{text} is not between {low:.10g} and {high:.10g}')
         return value
     return number
 
@@ -1007,7 +1005,7 @@ def integers(text):
 
 
 def training_parser():
-    parser = Parser('betavae.py', HELP)
+    parser = Parser('betavae.py', '%(prog)s [OPTION …]', HELP)
     whole = between(int, 0, 10 ** 9)
     positive = between(int, 1, 10 ** 9)
     real = between(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
@@ -1042,7 +1040,7 @@ def training_parser():
 
 
 def compare_parser():
-    parser = Parser('betavae.py compare', COMPARE_HELP)
+    parser = Parser('betavae.py compare', '%(prog)s RUN … [OPTION …]', COMPARE_HELP)
     add = parser.add_argument
     add('runs', nargs='*', type=Path, metavar='RUN', help='folders of finished runs')
     add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
@@ -1160,7 +1158,8 @@ def main(argv=None):
         if data.on_terminal():
             say('')                             # below the line of progress
         say(f'betavae: {message}', file=sys.stderr)
-        raise SystemExit({UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)) from None
+        codes = {UserError: 2, FloatingPointError: 3, KeyboardInterrupt: 130}
+        raise SystemExit(codes.get(type(error), 1)) from None
 
 
 def out_of_memory(error):

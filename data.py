@@ -622,7 +622,7 @@ def sheet(images, labels=(), title='', notes=(), scale=None):
     title above and notes below. They are enlarged `scale` times; if None, up to twice, as fits."""
     images = torch.as_tensor(images).cpu().expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2).numpy()
     rows, columns, height, width, _ = images.shape                              # (…, H, W, 3)
-    labels = [latin(label, 36) for label in labels]
+    labels = [latin(label, 38) for label in labels]
     left = max((width_of(label, 13) + 18 for label in labels), default=0)
     scale = scale or min(2, max(0.4, ((PAGE - left) / columns - 2) / width))
     across, down = int(width * scale) + 2, int(height * scale) + 2          # with a gap of 2
