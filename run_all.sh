@@ -4,7 +4,7 @@
 #     ./run_all.sh [GROUP] [--print] [OPTION…]
 #
 #     eight       (default) the eight runs of yukunchen113/Beta-VAE, on faces
-#     short       a tenth of their length with three seeds, and what their claims need beside them
+#     short       a tenth of their length with three seeds, and what their claims need besides
 #     beta250     β 250, from the start and climbed to
 #     latents6    six latents, β 0.1 to 10 on standardised pixels
 #     dsprites    the score against β, and β-TCVAE, on dSprites, three seeds each
@@ -66,11 +66,11 @@ short)
     for seed in 0 1 2; do
         tenth() { train "short-$1-seed-$seed" --seed $seed --steps "${@:2}"; }
         tenth VAE 5000
-        tenth 10-Beta-VAE 5000 --beta 10
+        for beta in 10 100 1000; do tenth $beta-Beta-VAE 5000 --beta $beta; done
         tenth KLD_Anneal_4000_steps-10-Beta-VAE 5000 --beta 10 --anneal 4000
         tenth KLD_Decrease_4000_steps-100to1-Beta-VAE 5000 --beta-from 100 --anneal 4000
         tenth VAE-leak-0 5000 --leak 0
-        tenth 100-Beta-VAE 5000 --beta 100
+        tenth KLD_Anneal_4000_steps-250-Beta-VAE 5000 --beta 250 --anneal 4000
         tenth VAE-2500-steps 2500
         tenth KLD_Decrease_10000_steps-10000to1-Beta-VAE 12500 --beta-from 10000 --anneal 10000
     done ;;
