@@ -135,6 +135,49 @@ def test_total_correlation_by_brute_force_is_unbiased_and_of_all_images_exact():
     torch.testing.assert_close(estimates.mean(), exact[0].prod(1).mean())
 
 
+def test_schedules_are_those_of_the_eight_runs_within_1():
+    """min(10, t/4000); max(1, 100 − t/400) and max(1, 10000 − t/10) reach 1 at steps 39,600 and
+    99,990, where ours are straight lines that end with step 40,000 and 100,000."""
+    for t in range(0, 120001, 1000):
+        assert betavae.beta_at(t, 10, 0, 40000) == pytest.approx(min(10, t / 4000))
+        for start, pace, anneal in ((100, 400, 40000), (10000, 10, 100000)):
+            late = betavae.beta_at(t, 1, start, anneal) - max(1, start - t / pace)
+            assert 0 <= late <= 1 and (late == 0 or 0 < t < anneal)
+
+
+def test_a_linear_decoder_makes_it_probabilistic_pca():
+    """With a linear decoder the objective is PPCA of noise variance β/2: latent i survives where
+    λ_i > β/2, with ½ ln(2 λ_i / β) nats (Lucas et al. 2019). At the optimum that they give in
+    closed form the gradient vanishes, and with fewer latents the loss is higher."""
+    lambdas = torch.tensor([4e-6, 1e-6, 3e-7], dtype=torch.float64)     # the sigmoid is straight
+    beta, n, d = 1e-6, 2000, 6
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d, 3, generator=generator, dtype=torch.float64))[0]
+    draws = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    draws = torch.linalg.qr(draws - draws.mean(0))[0] * n ** 0.5        # of covariance exactly 1
+    scores, noise = draws.split(3, 1)
+    x = (0.5 + scores * lambdas.sqrt() @ basis.T).view(n, 1, 1, d)
+
+    def loss_at(used):
+        kept = (torch.arange(3) < used).double()
+        gain = kept * (lambdas - beta / 2).clamp(min=0).sqrt()                      # of the decoder
+        a = (gain / lambdas.sqrt()).requires_grad_()                                # μ = a · scores
+        logvar = torch.log(1 - kept * (1 - beta / (2 * lambdas))).requires_grad_()
+        w = (4 * gain[:, None] * basis.T).requires_grad_()              # 1/4: slope of the sigmoid
+
+        def network(x, noise):
+            mu = scores * a
+            z = betavae.sample(mu, logvar, noise)
+            return (z @ w).view(n, 1, 1, d), z, mu, logvar.expand(n, 3)
+        loss, _, kl = betavae.objective(network, x, noise, beta)
+        loss.backward()
+        return loss.item(), kl, max(p.grad.abs().max() for p in (a, logvar, w))
+    best, kl, gradient = loss_at(2)
+    expected = 0.5 * torch.log(2 * lambdas / beta).clamp(min=0)
+    torch.testing.assert_close(kl, expected, atol=1e-9, rtol=0)
+    assert gradient < 1e-2 * beta and best < min(loss_at(1)[0], loss_at(0)[0])
+
+
 # Training: an independent run ---------------------------------------------------------------------
 
 class Plain:
@@ -631,7 +674,7 @@ def cells(path):
 def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     asked, charts = [], []
     score, chart = metrics.disentanglement_score, data.chart
-    monkeypatch.setattr(data, 'chart', lambda *a: charts.append(a[0]) or chart(*a))
+    monkeypatch.setattr(data, 'chart', lambda *a, **k: charts.append(a[0]) or chart(*a, **k))
     monkeypatch.setattr(metrics, 'disentanglement_score', lambda encode, sizes, **options:
                         asked.append(options) or score(encode, sizes, **options))
     command = ['compare', 'a', 'b', 'c', '--pairs', '2,1', '--factors', '2,3', '--train', 60,
@@ -860,16 +903,24 @@ def blocks(page, language):
 
 def test_the_snippets_of_the_pages_run(drawn):
     shorter = {'steps=1000': 'steps=2', 'range(200)': 'range(2)', 'range(45)': 'range(1)',
-               'pairs=20': 'pairs=1', 'train=1000, test=500': 'train=50, test=20'}
+               'pairs=20': 'pairs=1', 'train=1000, test=500': 'train=50, test=20',
+               'factors=[1, 2, 3, 4]': 'factors=[1, 2, 3, 4], train=50, test=20'}
+    Path('results').symlink_to(HERE / 'results')
+    Path('btcvae_dsprites').mkdir()                                     # weights from elsewhere
+    shapes = dict(conv1=(32, 1, 4, 4), conv2=(32, 32, 4, 4), conv3=(32, 32, 4, 4),
+                  conv_64=(32, 32, 4, 4), lin1=(256, 512), lin2=(256, 256), mu_logvar_gen=(20, 256))
+    weights = {f'encoder.{name}.weight': torch.randn(shape) / 9 for name, shape in shapes.items()}
+    weights |= {name.replace('weight', 'bias'): w.flatten(1)[:, 0] for name, w in weights.items()}
+    torch.save(weights, 'btcvae_dsprites/model.pt')
     for page in PAGES:
         names = {}
         for block in blocks(page, 'python'):
             exec(re.sub('|'.join(map(re.escape, shorter)), lambda m: shorter[m[0]], block), names)
-    assert {'linear.jpg', 'faces.png', 'runs'} <= {path.name for path in Path().iterdir()}
+    assert {'own.jpg', 'faces.png', 'runs'} <= {path.name for path in Path().iterdir()}
     assert Path('runs/own/traversal.jpg').exists()
 
 
-def test_the_commands_of_the_pages_parse_and_the_main_one_runs(monkeypatch):
+def test_the_commands_of_the_pages_parse_and_three_run(monkeypatch):
     monkeypatch.setattr(betavae, 'summarise', lambda *_: dict(collapsed=False))
     lines = [line for page in PAGES for line in ''.join(blocks(page, 'sh')).splitlines()
              + re.findall('`([^`]+)`', page.replace('\n', ' '))]
@@ -883,7 +934,9 @@ def test_the_commands_of_the_pages_parse_and_the_main_one_runs(monkeypatch):
     for line in lines:
         if line.startswith('./run_all.sh'):
             assert script('--print', *shlex.split(line)[1:]).returncode == 0
-    assert '--anneal' in training[1] and main(*training[1], '--steps', 3, '--batch', 4) == 0
+    assert '--anneal' in training[1]
+    for words in training[:3]:
+        assert main(*words, '--steps', 5, '--batch', 4) == 0
 
 
 # The data sets ------------------------------------------------------------------------------------
