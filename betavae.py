@@ -497,8 +497,8 @@ def announce(s, dataset, model, step):
         say(f'resuming from step {step:,}')
     for name, steps in (('β or C', s.anneal), ('the learning rate', s.warmup)):
         if steps > s.steps:
-            say(f'warning: {name} will not reach its target: that takes {steps:,} steps, not '
-                f'{s.steps:,}', file=sys.stderr)
+            say(f'warning: {name} will not reach its target: that takes {steps:,} steps, and there '
+                f'are {s.steps:,}', file=sys.stderr)
     count = linear_latents(dataset, s)
     if count is not None and count < s.latents:
         say(f'a linear decoder would use about {count} of {s.latents} latents at β = {s.beta:g}, '
@@ -706,8 +706,8 @@ def compare(argv):
     for label, row in rows.items():
         if len({run['seed'] for run in row}) < len(row) or any(
                 run.get(name) != row[0].get(name) for run in row for name in shared):
-            raise UserError(f"{', '.join(str(run['folder']) for run in row)} make a row, {label}: "
-                            'they must differ in the seed, and in no other option')
+            raise UserError(f"{', '.join(str(run['folder']) for run in row)} share the row {label} "
+                            'and so must differ in the seed and in no other option')
     for run in runs if args.pairs else []:
         score(run, args.pairs, args.factors, args.train)
     out.mkdir(parents=True, exist_ok=True)
@@ -860,8 +860,8 @@ def score(run, pairs, factors, train):
     sizes = dataset.factor_sizes
     factors = factors or [len(sizes)]
     if not all(2 <= K <= len(sizes) for K in factors):
-        raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, of the known factors "
-                        f'({", ".join(dataset.factor_names) or "there are none"}) the last')
+        raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, counted from the last "
+                        f'known factor ({", ".join(dataset.factor_names) or "there are none"})')
     codes = None
     kinds = ('', '_samples') if 'kl' in run else ('',)
     for K, L, kind in itertools.product(factors, pairs, kinds):

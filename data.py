@@ -372,7 +372,8 @@ def photographs(path, crop):
         except (OSError, ValueError, TypeError, EOFError):
             size = decode_all(path, names, read, crop, cache)
     except (OSError, RuntimeError) as error:                # RuntimeError: there is no home
-        raise UserError(f'no place for a cache ({error}): set XDG_CACHE_HOME to one') from None
+        raise UserError(f'the cache cannot be written ({error}): set XDG_CACHE_HOME to another '
+                        'folder') from None
     on_gpu = functools.cache(lambda device: torch.from_numpy(np.load(cache)).to(device))
 
     def draw(index):
@@ -382,7 +383,7 @@ def photographs(path, crop):
             else:
                 images = on_gpu(index.device)[index]                    # (n, 64, 64, 3)
         except (OSError, ValueError, EOFError, IndexError) as error:
-            raise UserError(f'{cache} was changed while in use ({error}): start again') from None
+            raise UserError(f'{cache} changed during use ({error}): start again') from None
         return images.permute(0, 3, 1, 2)
     return Dataset(name, (3, 64, 64), {}, draw, size)
 
@@ -396,7 +397,8 @@ def is_image(name):
 def open_folder(path):
     """The images below a folder: sorted paths, a function path → bytes, and a key to all that."""
     def refuse(error):
-        raise UserError(f'{error.filename} cannot be read ({error.strerror}): allow it, or move it')
+        raise UserError(f'{error.filename} cannot be read ({error.strerror}): make it readable, or '
+                        'move it')
     names = []
     for folder, folders, files in os.walk(path, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith('.')]
@@ -425,7 +427,7 @@ def decode(data, crop, name=''):
     with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
         tags = getattr(image, 'tag_v2', {})                             # of a TIFF
         if image.mode == 'F' or tags and (image.mode == 'I' or 12 in tags.get(258, ())):
-            raise ValueError('not of 8 or 16 bits a pixel: which values are black and white?')
+            raise ValueError('neither 8 nor 16 bits per channel: black and white are unknown')
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith('I'):                                  # Pillow would clip 16 bits
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -464,7 +466,7 @@ def decode_all(path, names, read, crop, cache):
             images = list(pool.map(attempt, names[first:first + 4096]))
             bad += [image for image in images if isinstance(image, str)]
             if len(bad) > len(names) / 100:
-                raise UserError(f'{path}: over 1 % of the images are unreadable: {bad[0]}')
+                raise UserError(f'{path}: more than 1 % of the images cannot be read: {bad[0]}')
             file.writelines(image for image in images if not isinstance(image, str))
             done = first + len(images)
             left = (time.monotonic() - start) * (len(names) / done - 1)
