@@ -907,7 +907,7 @@ def test_the_snippets_of_the_pages_run(drawn, monkeypatch):
     monkeypatch.setattr(betavae, 'Run', betavae.Run)                    # restored afterwards
     shorter = {'steps=1000': 'steps=2', 'range(200)': 'range(2)', 'range(45)': 'range(1)',
                'pairs=20': 'pairs=1', 'train=1000, test=500': 'train=50, test=20',
-               'factors=[1, 2, 3, 4]': 'factors=[1, 2, 3, 4], train=50, test=20'}
+               'factors=[1, 2, 3, 4]': 'factors=[1, 2, 3, 4], train=50, test=20', '(500,': '(2,'}
     Path('results').symlink_to(HERE / 'results')
     Path('btcvae_dsprites').mkdir()                                     # weights from elsewhere
     shapes = dict(conv1=(32, 1, 4, 4), conv2=(32, 32, 4, 4), conv3=(32, 32, 4, 4),
