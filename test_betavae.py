@@ -856,7 +856,7 @@ def test_help_on_an_ascii_terminal_and_what_a_run_announces(monkeypatch, capsys,
     assert main('--beta', 4, '--anneal', 9, '--warmup', 7, '--steps', 5, '--batch', 4) == 130
     error = capsys.readouterr().err
     assert error.count('will not reach its target') == 2
-    assert '9 steps, not 5' in error and '7 steps, not 5' in error and 'stopped at step 3' in error
+    assert '9 steps, and there are 5' in error and '7 steps, and there are 5' in error and 'stopped at step 3' in error
 
 
 def script(*words):
@@ -1209,7 +1209,7 @@ def test_one_bad_image_in_a_hundred_is_skipped_and_three_are_named(capsys):
     assert error.count('\n') == 4 and '495 of 500 images decoded' in error
     assert d.images([0, 494])[:, 0, 9, 9].tolist() == [1, 499 % 256]
     Path('p/077.pgm').write_bytes(b'no')
-    with pytest.raises(data.UserError, match='over 1 %'):
+    with pytest.raises(data.UserError, match='more than 1 %'):
         data.load('p')
 
 
