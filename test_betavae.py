@@ -367,7 +367,9 @@ def test_each_field_of_the_summary(run, finished):
     pixels = torch.from_numpy(dataset.images(np.arange(144))) / 255
     with torch.no_grad():
         recon, kl, q, _ = plain.terms(x, noise(len(x), 3))
-        mu, logvar = plain.encoder(pixels).split(3, 1)
+        plainly = plain.encoder(pixels).split(3, 1)
+    mu, logvar = betavae.codes_of(betavae.load(finished / run), dataset.images(np.arange(144)))
+    torch.testing.assert_close((mu, logvar), plainly, rtol=1e-4, atol=1e-4)     # bins need the bits
     means, z = q.mean.mean(0), mu + (logvar / 2).exp() * noise(144, 3)
     top, by_mean = int(kl.argmax()), int(means.abs().argmax())
     factors = np.stack(np.unravel_index(np.arange(144), dataset.factor_sizes), 1)
