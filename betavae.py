@@ -62,7 +62,7 @@ class BetaVAE(nn.Module):
             nn.Linear(1024, 256), activation())                     # (B, 256)
         self.posterior = nn.Linear(256, 2 * latents)                # linear: μ, log σ² of any sign
         self.decoder = nn.Sequential(                               # (B, J)
-            nn.Linear(latents, 256), activation(), nn.Linear(256, 1024), activation(),
+            nn.Linear(latents, 256), activation(), nn.Linear(256, 1024), activation(),  # (B, 1024)
             nn.Unflatten(1, (64, 4, 4)), Up(64, 64), activation(),  # (B, 64, 8, 8)
             Up(64, 32), activation(),                               # (B, 32, 16, 16)
             Up(32, 32), activation(),                               # (B, 32, 32, 32)
@@ -588,8 +588,7 @@ def known_factors(model, dataset, kl, n):
     v = np.stack(np.unravel_index(index, dataset.factor_sizes), 1)                  # (n, K)
     z = sample(mu, logvar, fixed_noise(*mu.shape))
     mig, mig_samples = (metrics.mutual_information_gap(codes.numpy(), v)[0] for codes in (mu, z))
-    _, information = metrics.mutual_information_gap(mu.numpy(), v, bins=20)         # (J, K)
-    share = information / np.maximum(metrics.entropy_of(v), 1e-12)
+    share = metrics.factor_shares(mu, v)                                            # (J, K)
     names = [f'z{j}: {dataset.factor_names[k]} {share[j, k]:.0%}'
              if share[j, k] >= 0.05 and kl[j] > ACTIVE else f'z{j}'
              for j, k in enumerate(share.argmax(1))]
@@ -860,8 +859,8 @@ def score(run, pairs, factors, train):
     sizes = dataset.factor_sizes
     factors = factors or [len(sizes)]
     if not all(2 <= K <= len(sizes) for K in factors):
-        raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, counted from the last "
-                        f'known factor ({", ".join(dataset.factor_names) or "there are none"})')
+        raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, counted from the "
+                        f'last factor ({", ".join(dataset.factor_names) or "none is known"})')
     codes = None
     kinds = ('', '_samples') if 'kl' in run else ('',)
     for K, L, kind in itertools.product(factors, pairs, kinds):

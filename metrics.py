@@ -2,7 +2,7 @@
 
     disentanglement_score       accuracy of the linear classifier of Higgins et al. 2017
     mutual_information_gap      MIG of Chen et al. 2018, with the matrix I(z_j; v_k)
-    encoded_factors             which factor each latent encodes, from that matrix
+    factor_shares               how much of each factor each latent knows, from that matrix
     elbo_decomposition          the KL term's three parts, one of them the total correlation
     pca, fast_ica               codes that need no network
 
@@ -185,16 +185,15 @@ def entropy_of(v):
     return np.array([mutual_information(f, f) for f in as_factors(v).T])
 
 
-def encoded_factors(mu, v, bins=20):
-    """For each latent the factor of largest I(z_j; v_k) / H(v_k), and that share in [0, 1]: two
-    arrays (J,). mu and v as in mutual_information_gap.
+def factor_shares(mu, v, bins=20):
+    """What share of each factor's entropy each latent knows, I(z_j; v_k) / H(v_k): (J, K), in
+    [0, 1]. mu and v as in mutual_information_gap.
 
     Noise adds about (bins − 1) (values − 1) / 2n nats to I, hence no more than 20 bins.
     """
     _, information = mutual_information_gap(mu, v, bins)
     entropies = entropy_of(v)
-    share = information / np.where(entropies > 0, entropies, 1)
-    return share.argmax(1), share.max(1)
+    return information / np.where(entropies > 0, entropies, 1)
 
 
 # --------------------------------------------------------------------------------------------------
