@@ -690,16 +690,15 @@ def curves(settings, log, latents):
 # --------------------------------------------------------------------------------------------------
 
 load_data = functools.lru_cache(maxsize=2)(data.load)
-BASELINES = 'ground truth', 'raw pixels', 'PCA', 'ICA', 'untrained'
 
 
 def compare(argv):
     """Runs side by side. Those that differ in the seed alone are one row."""
     args = compare_parser().parse_args(argv)
-    out = args.out or (args.runs[0].parent if args.runs else Path('runs'))
-    runs = [finished(folder) for folder in args.runs + baselines(out, args.baselines)]
+    out = args.out or args.runs[0].parent
+    runs = [finished(folder) for folder in args.runs]
     if len({json.dumps(run['dataset']) for run in runs}) != 1:
-        raise UserError('give the folders of finished runs on one data set, or --baselines 3')
+        raise UserError('these runs are of more than one data set; compare those of one')
     rows = {run['row']: [other for other in runs if other['row'] == run['row']] for run in runs}
     shared = vars(options()).keys() - {'run', 'seed', 'steps', 'data'}
     for label, row in rows.items():
@@ -723,9 +722,8 @@ def compare(argv):
         data.save_picture(out / 'metric.png', metric_chart(rows, scores))
     for axes in args.chart:
         data.save_picture(out / f"{axes.replace(':', '-')}.png", chart_of(runs, axes))
-    trained = {label: row for label, row in rows.items() if 'kl' in row[0]}         # no baselines
     try:
-        draw_comparison(out, trained)
+        draw_comparison(out, rows)
     except UserError as error:                          # data or checkpoints that are not here
         say(f'no pictures of these runs: {error}')
 
@@ -735,10 +733,8 @@ def finished(folder):
     results/, it can be tabulated but not scored or drawn."""
     run = read_json(folder / 'settings.json') | read_json(folder / 'summary.json')
     kinds = dict(label=str, steps=int, seed=int, device=str, precision=str, dataset=dict,
-                 weights=str, data=str, crop=(int, type(None)))
-    if run.get('steps'):                                                # no baseline
-        kinds |= dict(beta=float, reconstruction=float, kl=float, active_latents=int,
-                      linear_latents=(int, type(None)), top_latent=str)
+                 weights=str, data=str, crop=(int, type(None)), beta=float, reconstruction=float,
+                 kl=float, active_latents=int, linear_latents=(int, type(None)), top_latent=str)
     wrong = [name for name, kind in kinds.items() if not isinstance(run.get(name), kind)]
     if wrong:
         raise UserError(f'{folder} is not a finished run: its settings.json and summary.json lack '
@@ -752,8 +748,7 @@ def finished(folder):
     if (scores.get('steps'), scores.get('weights')) == (run['steps'], run['weights']):
         run |= {name: value for name, value in dict(scores.get('scores', {})).items()
                 if isinstance(value, float) and re.fullmatch(r'accuracy_K\d+_L\d+.*', name)}
-    return run | dict(folder=folder, row=run['label'] + (
-        f", {run['steps']:,} steps" if run['steps'] else ''))
+    return run | dict(folder=folder, row=f"{run['label']}, {run['steps']:,} steps")
 
 
 def read_json(path):
@@ -862,8 +857,7 @@ def score(run, pairs, factors, train):
         raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, counted from the "
                         f'last factor ({", ".join(dataset.factor_names) or "none is known"})')
     codes = None
-    kinds = ('', '_samples') if 'kl' in run else ('',)
-    for K, L, kind in itertools.product(factors, pairs, kinds):
+    for K, L, kind in itertools.product(factors, pairs, ('', '_samples')):
         name = f'accuracy_K{K}_L{L}' + f'_N{train}' * (train != 10000) + kind
         if name not in run:
             codes = codes or encoders(run, dataset)
@@ -884,8 +878,6 @@ def encoders(run, dataset):
     """Functions from indices (n,) to codes (n, J): posterior means (''), and samples ('_samples'),
     of which each image has one."""
     rng = np.random.default_rng(run['seed'])
-    if run['label'] in BASELINES:
-        return {'': baseline(run['label'], dataset, rng)}
     model = load(run['folder'], run['precision'])
 
     def both(index):
@@ -893,16 +885,10 @@ def encoders(run, dataset):
         noise = torch.from_numpy(rng.standard_normal(mu.shape, np.float32))
         return torch.stack([mu, sample(mu, logvar, noise)], 1).numpy()          # (n, 2, J)
     if len(dataset) <= 10 ** 6:                     # else none of two billion faces comes twice
-        both = looked_up(both, dataset, run['folder'].name)
+        encode = watched(both, len(dataset), f"encoding for {run['folder'].name}")
+        parts = np.array_split(np.arange(len(dataset)), 1 + len(dataset) // 4096)
+        both = np.concatenate([encode(part) for part in parts]).__getitem__
     return {'': lambda index: both(index)[:, 0], '_samples': lambda index: both(index)[:, 1]}
-
-
-def looked_up(encode, dataset, what):
-    """`encode` of every image, computed now."""
-    encode = watched(encode, len(dataset), f'encoding for {what}')
-    parts = np.array_split(np.arange(len(dataset)), 1 + len(dataset) // 4096)
-    codes = np.concatenate([encode(part) for part in parts])
-    return lambda index: codes[index]
 
 
 def watched(encode, total, what):
@@ -917,41 +903,6 @@ def watched(encode, total, what):
             progress.show(done, f'{what}: {done:,} of {total:,} images')
         return encode(index)
     return counted
-
-
-def baselines(out, seeds):
-    """Folders of codes of dSprites that need no training, each with a summary.json as a run has."""
-    folders = []
-    for label, seed in itertools.product(BASELINES, range(seeds)):
-        folders.append(out / f'baseline {label} seed {seed}'.replace(' ', '-'))
-        folders[-1].mkdir(parents=True, exist_ok=True)
-        data.write_json(folders[-1] / 'summary.json', dict(
-            label=label, steps=0, seed=seed, device='cpu', precision='fp32', weights='', crop=None,
-            data='dsprites', dataset=load_data('dsprites', None).identity()))
-    return folders
-
-
-def baseline(label, dataset, rng):
-    """The function from indices (n,) to codes (n, J) of one of BASELINES."""
-    def pixels(index):
-        return dataset.images(index).reshape(len(index), -1).astype(np.float32) / 255
-
-    def truth(index):
-        return np.stack(np.unravel_index(index, dataset.factor_sizes), 1) / dataset.factor_sizes
-    if label in ('ground truth', 'raw pixels'):
-        return truth if label == 'ground truth' else pixels
-    if label == 'untrained':
-        model = initial_model(options(seed=rng.integers(2 ** 32), latents=10, device='cpu'), 1)
-
-        def encode(index):
-            return codes_of(model, dataset.images(index))[0].numpy()
-    else:
-        x = pixels(rng.integers(len(dataset), size=10000))
-        mean, matrix = metrics.pca(x) if label == 'PCA' else metrics.fast_ica(x, rng=rng)
-
-        def encode(index):
-            return (pixels(index) - mean) @ matrix
-    return looked_up(encode, dataset, label)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1041,14 +992,12 @@ def training_parser():
 def compare_parser():
     parser = Parser('betavae.py compare', '%(prog)s RUN … [OPTION …]', COMPARE_HELP)
     add = parser.add_argument
-    add('runs', nargs='*', type=Path, metavar='RUN', help='folders of finished runs')
+    add('runs', nargs='+', type=Path, metavar='RUN', help='folders of finished runs')
     add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
     add('--factors', type=integers, metavar='K,…',
         help='of the metric: the last K factors (default: all; dSprites with 4 is without shape)')
     add('--train', type=between(int, 10, 10 ** 6), default=10000, metavar='N',
         help='of the metric: training points (default: 10000)')
-    add('--baselines', type=between(int, 0, 100), default=0, metavar='SEEDS',
-        help='also codes of dSprites that need no training, over this many seeds')
     add('--chart', action='append', default=[], metavar='X:Y',
         help='draw a chart of two options or results, such as beta:kl')
     add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')

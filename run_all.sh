@@ -90,7 +90,7 @@ dsprites)
         done
         sprites tc-6 --seed $seed --tc --beta 6
     done
-    views=(--baselines 3 --pairs 1,20,64 --factors 4,5 --chart beta:accuracy_K4_L20
+    views=(--pairs 1,20,64 --factors 4,5 --chart beta:accuracy_K4_L20
         --chart beta:accuracy_K4_L20_samples --chart mig:reconstruction) ;;
 capacity)
     train dsprites-capacity --data dsprites --capacity 25 --anneal 100000 --steps 100000 ;;

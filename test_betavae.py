@@ -791,32 +791,6 @@ def test_labels_tell_runs_apart_and_not_by_their_seed():
     assert (s.likelihood, s.latents) == ('bernoulli', 32)
 
 
-def test_the_baselines_are_codes_of_the_images(monkeypatch):
-    values = np.random.default_rng(0).integers(256, size=(144, 1, 64, 64), dtype=np.uint8)
-    dataset = data.Dataset('own', (1, 64, 64), toy().factors, torch.from_numpy(values).__getitem__)
-    drawn, made, baseline = [], {}, betavae.baseline
-
-    def projection(x, rng=None):                    # those of PCA and ICA are tested below
-        drawn.append(x)
-        return x.mean(0), np.eye(4096)[:, :10]
-    monkeypatch.setattr(metrics, 'pca', projection)
-    monkeypatch.setattr(metrics, 'fast_ica', projection)
-    monkeypatch.setattr(betavae, 'load_data', lambda *_: dataset)
-    monkeypatch.setattr(betavae, 'baseline', lambda label, *rest: made.setdefault(
-        label, baseline(label, *rest)))
-    for _ in range(2):                                              # the second finds them there
-        assert main('compare', '--baselines', 1, '--pairs', 1, '--train', 40, '--out', 'out') == 0
-    assert [row[0] for row in cells('out/metric.md')[1:]] == list(made) == list(betavae.BASELINES)
-    codes = {label: encode(np.arange(144)) for label, encode in made.items()}
-    np.testing.assert_allclose(codes['ground truth'][143], [11 / 12, 5 / 6, 1 / 2])
-    np.testing.assert_allclose(codes['raw pixels'], values.reshape(144, -1) / 255, rtol=1e-6)
-    for label, x in zip(('PCA', 'ICA'), drawn, strict=True):
-        assert x.shape == (10000, 4096)
-        expected = (codes['raw pixels'] - x.mean(0))[:, :10]
-        np.testing.assert_allclose(codes[label], expected, atol=1e-6)
-    assert codes['untrained'].shape == (144, 10) and codes['untrained'].std(0).min() > 0
-
-
 # The command line and the script ------------------------------------------------------------------
 
 BAD_OPTIONS = """
@@ -826,10 +800,9 @@ BAD_OPTIONS = """
     --data dsprites --crop 64 | --likelihood poisson | --device tpu | --device cuda | --bet 3
     --precision fp8 | --tc --batch 1 | --tc --capacity 5 | --capacity nan | --capacity 5 --beta 2
     --capacity 5 --beta-from 1 --anneal 9 | --gamma 5 | surplus | score | compare
-    compare nowhere | compare --pairs 0 | compare --pairs 1000001 --baselines 1
-    compare nowhere --pairs x | compare nowhere --train 1
-    compare nowhere --chart beta | compare --baselines 1 --factors 6 --pairs 1
-    compare --baselines -1 | --beta=-- | --data=--"""
+    compare nowhere | compare nowhere --pairs 0 | compare nowhere --pairs 1000001
+    compare nowhere --pairs x | compare nowhere --train 1 | compare nowhere --chart beta
+    --beta=-- | --data=--"""
 
 
 @pytest.mark.parametrize('words', re.split(r'\s*[|\n]\s*', BAD_OPTIONS.strip()))
