@@ -721,7 +721,7 @@ def compare(argv):
     if scores:
         data.save_picture(out / 'metric.png', metric_chart(rows, scores))
     for axes in args.chart:
-        data.save_picture(out / f"{axes.replace(':', '-')}.png", chart_of(runs, axes))
+        data.save_picture(out / f"{re.sub('[:,]', '-', axes)}.png", chart_of(runs, axes))
     try:
         draw_comparison(out, rows)
     except UserError as error:                          # data or checkpoints that are not here
@@ -793,21 +793,22 @@ def metric_chart(rows, scores):
 
 
 def chart_of(runs, axes):
-    """Of axes 'x:y', a result against an option, a series for each value of whatever else varies;
-    or against another result, a point for each run."""
-    x, _, y = axes.partition(':')
+    """Of axes 'x:y', or 'x:y1,y2': results against an option, a series for each value of whatever
+    else varies; or against another result, a point for each run."""
+    x, _, ys = axes.partition(':')
     given = vars(options())
     varying = [name for name in given if name not in (x, 'run', 'seed', 'device', 'precision')
                and len({run.get(name) for run in runs}) > 1]
     series = {}
-    for run in runs:
+    for y, run in itertools.product(ys.split(','), runs):
         if all(isinstance(run.get(axis), (int, float)) for axis in (x, y)):
-            words = ', '.join(f'{name} {run.get(name)}' for name in varying)
-            series.setdefault(words if x in given else run['label'], []).append((run[x], run[y]))
+            words = ([f'{name} {run.get(name)}' for name in varying] if x in given else
+                     [run['label']]) + [y] * (',' in ys)
+            series.setdefault(', '.join(words), []).append((run[x], run[y]))
     if not series:
         raise UserError(f'--chart {axes}: no run has both, as numbers')
     xs = [x for pairs in series.values() for x, _ in pairs]
-    return data.chart([dict(title=y, x=x, points=x not in given, log_x=0 < 50 * min(xs) < max(xs),
+    return data.chart([dict(title=ys, x=x, points=x not in given, log_x=0 < 50 * min(xs) < max(xs),
                             series={words: curve(pairs) for words, pairs in series.items()})])
 
 
@@ -999,7 +1000,7 @@ def compare_parser():
     add('--train', type=between(int, 10, 10 ** 6), default=10000, metavar='N',
         help='of the metric: training points (default: 10000)')
     add('--chart', action='append', default=[], metavar='X:Y',
-        help='draw a chart of two options or results, such as beta:kl')
+        help='draw a chart of options or results, such as beta:kl or beta:mig,mig_samples')
     add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')
     return parser
 

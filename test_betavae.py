@@ -683,7 +683,7 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     monkeypatch.setattr(metrics, 'disentanglement_score', lambda encode, sizes, **options:
                         asked.append(options) or score(encode, sizes, **options))
     command = ['compare', 'a', 'b', 'c', '--pairs', '2,1', '--factors', '2,3', '--train', 60,
-               '--chart', 'beta:kl', '--chart', 'kl:mig', '--out', 'out']
+               '--chart', 'beta:kl,mig', '--chart', 'kl:mig', '--out', 'out']
     assert main(*command) == 0
     assert Path('out/metric.md').read_text() in capsys.readouterr().out
     runs = [read(run, 'summary.json') | read(run, 'scores.json')['scores'] for run in 'abc']
@@ -729,13 +729,16 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
         both, last = panel['series'].values()
         expected = [[1, 2], (a + b) / 2, np.minimum(a, b), np.maximum(a, b)]
         np.testing.assert_allclose([*both, *last], [*expected, [1, 2], c, c, c])
+    assert list(option['series']) == ['kl', 'mig']
+    for name, series in option['series'].items():
+        a, b, c = (run[name] for run in runs)
+        expected = [[1, 3], [(a + b) / 2, c], [min(a, b), c], [max(a, b), c]]
+        np.testing.assert_allclose(series, expected)
     a, b, c = (run['kl'] for run in runs)
-    expected = [[1, 3], [(a + b) / 2, c], [min(a, b), c], [max(a, b), c]]
-    np.testing.assert_allclose(option['series'][''], expected)
     seeds, (x, y, *_) = result['series'].values()
     assert (x, y) == (c, runs[2]['mig']) and set(seeds[0]) == {a, b} and result['points']
     assert list(spectrum['lines'].values()) == [0.5, 1.5]
-    for name in ('comparison.jpg', 'spectrum.png', 'metric.png', 'beta-kl.png', 'kl-mig.png'):
+    for name in ('comparison.jpg', 'spectrum.png', 'metric.png', 'beta-kl-mig.png', 'kl-mig.png'):
         Image.open(f'out/{name}').load()
     assert main(*command) == 0 and len(asked) == 24                     # nothing is computed twice
     kept = read('b/scores.json')
