@@ -621,6 +621,10 @@ def test_other_options_other_data_and_a_second_process_are_refused(trained):
         train(32)
     train(31)                                                           # free again
     assert state()['step'] == 31
+    few = data.Dataset('few', (1, 64, 64), {'a': 40}, numbered)         # three held-out images
+    for steps in (1, 2):
+        train(steps, few, run='few')
+    assert len(state('few')['frames'][2]) == 3
 
 
 def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, capsys):
