@@ -767,7 +767,8 @@ def test_runs_that_cannot_be_compared(trained, capsys, monkeypatch):
                                data=3),
                  summary=dict(label=3, top_latent={}, steps='2', dataset=[], kl='x', weights=1))
     entries = [(name, dict([entry])) for name in wrong for entry in wrong[name].items()]
-    for name, entry in [*entries, ('summary', dict(steps=1)), ('summary', dict(weights='others'))]:
+    more = dict(steps=1), dict(weights='others'), dict(seed='one')
+    for name, entry in [*entries, *(('summary', entry) for entry in more)]:
         path, kept = Path(f'b/{name}.json'), read('b', f'{name}.json')
         path.write_text(json.dumps(kept | entry))
         of_two = 'seed' in entry or 'leak' in entry
