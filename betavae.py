@@ -803,12 +803,13 @@ def chart_of(runs, axes):
     for y, run in itertools.product(ys.split(','), runs):
         if all(isinstance(run.get(axis), (int, float)) for axis in (x, y)):
             words = ([f'{name} {run.get(name)}' for name in varying] if x in given else
-                     [run['label']]) + [y] * (',' in ys)
+                     [run['label']]) + [y.replace('_', ' ')] * (',' in ys)
             series.setdefault(', '.join(words), []).append((run[x], run[y]))
     if not series:
         raise UserError(f'--chart {axes}: no run has both, as numbers')
     xs = [x for pairs in series.values() for x, _ in pairs]
-    return data.chart([dict(title=ys, x=x, points=x not in given, log_x=0 < 50 * min(xs) < max(xs),
+    return data.chart([dict(title=ys.replace(',', ' and ').replace('_', ' '), x=x,
+                            points=x not in given, log_x=0 < 50 * min(xs) < max(xs),
                             series={words: curve(pairs) for words, pairs in series.items()})])
 
 
