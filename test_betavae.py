@@ -914,7 +914,9 @@ def test_the_snippets_of_the_pages_run(drawn, monkeypatch):
     shorter = {'steps=1000': 'steps=2', 'range(200)': 'range(2)', 'range(45)': 'range(1)',
                'pairs=20': 'pairs=1', 'train=1000, test=500': 'train=50, test=20',
                'factors=[1, 2, 3, 4]': 'factors=[1, 2, 3, 4], train=50, test=20', '(500,': '(2,',
-               'size=2000': 'size=50'}
+               'size=2000': 'size=50', 'size=10000': 'size=50', 'samples=500': 'samples=50',
+               'np.arange(len(dsprites)), 200': 'np.arange(60), 2',
+               'reshape(len(index), -1)': 'reshape(len(index), -1)[:, ::64]'}
     Path('results').symlink_to(HERE / 'results')
     Path('btcvae_dsprites').mkdir()                                     # weights from elsewhere
     shapes = dict(conv1=(32, 1, 4, 4), conv2=(32, 32, 4, 4), conv3=(32, 32, 4, 4),
@@ -923,6 +925,7 @@ def test_the_snippets_of_the_pages_run(drawn, monkeypatch):
     weights |= {name.replace('weight', 'bias'): w.flatten(1)[:, 0] for name, w in weights.items()}
     torch.save(weights, 'btcvae_dsprites/model.pt')
     train(1, toy(3), latents=32, run='runs/faces-beta-10')
+    train(1, run='runs/dsprites-beta-4-seed-0')
     for page in PAGES:
         names = {}
         for block in blocks(page, 'python'):
