@@ -916,7 +916,7 @@ def test_the_snippets_of_the_pages_run(drawn, monkeypatch):
                'factors=[1, 2, 3, 4]': 'factors=[1, 2, 3, 4], train=50, test=20', '(500,': '(2,',
                'size=2000': 'size=50', 'size=10000': 'size=50', 'samples=500': 'samples=50',
                'np.arange(len(dsprites)), 200': 'np.arange(60), 2',
-               'reshape(len(index), -1)': 'reshape(len(index), -1)[:, ::64]'}
+               'reshape(len(index), -1)': 'reshape(len(index), -1)[:, ::9]'}
     Path('results').symlink_to(HERE / 'results')
     Path('btcvae_dsprites').mkdir()                                     # weights from elsewhere
     shapes = dict(conv1=(32, 1, 4, 4), conv2=(32, 32, 4, 4), conv3=(32, 32, 4, 4),
