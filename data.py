@@ -755,7 +755,8 @@ def draw_panel(panel, width, height, colours):
             end = start - 16 if y - above < 12 else right - 4
             above, start = y, end - width_of(latin(name), 11)
             pen.line([left, y, right, y], GREY)
-            pen.text((end, y - 5), latin(name), GREY, font(11), 'rs')
+            if start > left:                                    # else there is no room for it
+                pen.text((end, y - 5), latin(name), GREY, font(11), 'rs')
     return picture
 
 

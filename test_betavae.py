@@ -1375,6 +1375,8 @@ def test_a_chart_joins_lines_leaves_gaps_and_has_bars_and_a_legend():
     assert alone.height == 300 and not len(pixels_of(alone, blue))
     lined = data.chart([dict(panel, series={}, lines={'β/2': 5, 'far': 50})], (400, 300))
     assert (np.bincount(pixels_of(lined, data.GREY)[:, 1]) > 300).sum() == 1
+    long = data.chart([dict(panel, series={}, lines={'β/2 ' * 30: 5})], (400, 300))
+    assert len(pixels_of(long.crop((60, 140, 380, 153)), data.GREY, 60)) == 0   # no room for it
     assert data.chart([panel] * 3).width == 900 and data.chart([panel], (640, 300)).width == 640
 
 
