@@ -858,53 +858,47 @@ def score(run, pairs, factors, train):
     if not all(2 <= K <= len(sizes) for K in factors):
         raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, counted from the "
                         f'last factor ({", ".join(dataset.factor_names) or "none is known"})')
-    codes = None
-    for K, L, kind in itertools.product(factors, pairs, ('', '_samples')):
-        name = f'accuracy_K{K}_L{L}' + f'_N{train}' * (train != 10000) + kind
-        if name not in run:
-            codes = codes or encoders(run, dataset)
-            encode = watched(codes[kind], 2 * L * (train + train // 2),
-                             f"{run['folder'].name} {name}")
-            try:
-                run[name] = metrics.disentanglement_score(
-                    encode, sizes, pairs=L, factors=range(len(sizes))[-K:], train=train,
-                    test=train // 2, rng=np.random.default_rng(run['seed']))
-            except ValueError as error:
-                raise UserError(f"{run['folder']}: {error}") from None
-            data.write_json(run['folder'] / 'scores.json', dict(
-                steps=run['steps'], weights=run['weights'],
-                scores={name: x for name, x in run.items() if name.startswith('accuracy')}))
+    size = f'_N{train}' * (train != 10000)
+    wanted = {f'accuracy_K{K}_L{L}{size}{kind}': (K, L, k) for K, L, (k, kind)
+              in itertools.product(factors, pairs, enumerate(['', '_samples']))}
+    wanted = {name: what for name, what in wanted.items() if name not in run}
+    test = train // 2
+    total = sum(2 * L * (train + test) for _, L, _ in wanted.values())
+    codes = wanted and encoder(run, dataset, total)
+    for name, (K, L, k) in wanted.items():
+        try:
+            run[name] = metrics.disentanglement_score(
+                lambda index: codes(index)[:, k], sizes, pairs=L, factors=range(len(sizes))[-K:],
+                train=train, test=test, rng=np.random.default_rng(run['seed']))
+        except ValueError as error:
+            raise UserError(f"{run['folder']}: {error}") from None
+        data.write_json(run['folder'] / 'scores.json', dict(
+            steps=run['steps'], weights=run['weights'],
+            scores={name: x for name, x in run.items() if name.startswith('accuracy')}))
 
 
-def encoders(run, dataset):
-    """Functions from indices (n,) to codes (n, J): posterior means (''), and samples ('_samples'),
-    of which each image has one."""
-    rng = np.random.default_rng(run['seed'])
+def encoder(run, dataset, total):
+    """A function from indices (n,), `total` of them over all calls, to codes (n, 2, J): posterior
+    means, and samples, of which each image has one."""
     model = load(run['folder'], run['precision'])
-
-    def both(index):
-        mu, logvar = codes_of(model, dataset.images(index))
-        noise = torch.from_numpy(rng.standard_normal(mu.shape, np.float32))
-        return torch.stack([mu, sample(mu, logvar, noise)], 1).numpy()          # (n, 2, J)
-    if len(dataset) <= 10 ** 6:                     # else none of two billion faces comes twice
-        encode = watched(both, len(dataset), f"encoding for {run['folder'].name}")
-        parts = np.array_split(np.arange(len(dataset)), 1 + len(dataset) // 4096)
-        both = np.concatenate([encode(part) for part in parts]).__getitem__
-    return {'': lambda index: both(index)[:, 0], '_samples': lambda index: both(index)[:, 1]}
-
-
-def watched(encode, total, what):
-    """`encode` with a line of progress; `total` is how many images it will be asked for."""
+    rng = np.random.default_rng(run['seed'])
+    small = len(dataset) <= 10 ** 6                 # of two billion faces none comes twice
+    total = len(dataset) if small else total
     progress = data.Progress(total)
     done = 0
 
-    def counted(index):
+    def encode(index):
         nonlocal done
+        mu, logvar = codes_of(model, dataset.images(index))
+        noise = torch.from_numpy(rng.standard_normal(mu.shape, np.float32))
         done += len(index)
         if progress.due(done):
-            progress.show(done, f'{what}: {done:,} of {total:,} images')
-        return encode(index)
-    return counted
+            progress.show(done, f"{run['folder'].name}: {done:,} of {total:,} images encoded")
+        return torch.stack([mu, sample(mu, logvar, noise)], 1).numpy()
+    if not small:
+        return encode
+    parts = np.array_split(np.arange(total), 1 + total // 4096)
+    return np.concatenate([encode(part) for part in parts]).__getitem__
 
 
 # --------------------------------------------------------------------------------------------------
