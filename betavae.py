@@ -825,7 +825,8 @@ def draw_comparison(out, rows):
         pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
         if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
-            lines[f"{label}: {first['linear_latents']} above, active: {active}"] = first['beta'] / 2
+            name = f"{label}: {first['linear_latents']} predicted, active: {active}"
+            lines[name] = first['beta'] / 2
     if pictures:
         data.save_picture(out / 'comparison.jpg', data.sheet(
             torch.stack(list(pictures.values())), list(pictures),
