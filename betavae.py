@@ -835,7 +835,7 @@ def draw_comparison(out, rows):
         data.save_picture(out / 'spectrum.png', data.chart([dict(
             title='Variance λ of the pixels in each principal direction (dots), and β/2 (lines)',
             x='direction', log_y=True, points=True, lines=lines,
-            series={'': (np.arange(1, 49), spectrum(dataset)[:48].numpy())})], size=(700, 400)))
+            series={'': (np.arange(1, 33), spectrum(dataset)[:32].numpy())})], size=(900, 400)))
 
 
 def dataset_of(run):
