@@ -1082,8 +1082,7 @@ def keep_freed_memory():
         mallopt(-8, 1)                      # M_ARENA_MAX: and is the only one; others do shrink
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
+def main(argv):
     keep_freed_memory()
     try:
         if argv[:1] == ['compare']:
@@ -1117,4 +1116,4 @@ def out_of_memory(error):
 # dependencies = ["numpy>=1.25", "torch>=2.6", "pillow>=10.1"]
 # ///
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])
