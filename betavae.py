@@ -827,10 +827,9 @@ def draw_comparison(out, rows):
             active = ', '.join(str(run['active_latents']) for run in row)
             name = f"{label}: {first['linear_latents']} predicted, active: {active}"
             lines[name] = first['beta'] / 2
-    if pictures:
-        data.save_picture(out / 'comparison.jpg', data.sheet(
-            torch.stack(list(pictures.values())), list(pictures),
-            'the latent of largest KL from its smallest to its largest value, all others 0'))
+    data.save_picture(out / 'comparison.jpg', data.sheet(
+        torch.stack(list(pictures.values())), list(pictures),
+        'the latent of largest KL from its smallest to its largest value, all others 0'))
     if lines:
         data.save_picture(out / 'spectrum.png', data.chart([dict(
             title='Variance λ of the pixels in each principal direction (dots), and β/2 (lines)',
