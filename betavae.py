@@ -541,8 +541,7 @@ def fixed_noise(*shape):
 def traverse(z, latents, values):
     """A code (J,) with each of some latents set to each of some values: (latents, values, J)."""
     grid = z.repeat(len(latents), len(values), 1)
-    for row, j in enumerate(latents):
-        grid[row, :, j] = values
+    grid[torch.arange(len(latents)), :, latents] = values           # in row i the i-th of them
     return grid
 
 
