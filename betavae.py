@@ -276,8 +276,8 @@ class Run:
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
             with contextlib.suppress(ValueError):           # only the main thread has signals
-                hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)              # not on Windows
-                for number in {signal.SIGINT, signal.SIGTERM, hangup}:
+                for number in {signal.SIGINT, signal.SIGTERM,
+                               getattr(signal, 'SIGHUP', signal.SIGTERM)}:      # not on Windows
                     if signal.getsignal(number) != signal.SIG_IGN:              # as under nohup
                         stack.callback(signal.signal, number, signal.signal(number, self.stop))
             self.cleanup = stack.pop_all()
