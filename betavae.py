@@ -302,6 +302,9 @@ class Run:
         groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])
         self.optimiser.load_state_dict(dict(state=state['adam'], param_groups=groups))
+        for weights, moments in self.optimiser.state.items():
+            for name in ('exp_avg', 'exp_avg_sq'):          # the fused kernel asks for one layout
+                moments[name] = torch.empty_like(weights).copy_(moments[name])
         self.step, self.beta, self.seconds = state['step'], state['beta'], state['seconds']
         self.recent.copy_(state['recent'])
         self.log = [row for row in state['log'].tolist() if row[0] % ROW == 0]
@@ -436,7 +439,8 @@ def read_checkpoint(folder):
     try:
         state = torch.load(content, map_location='cpu', weights_only=True)
         if zipfile.ZipFile(content).testzip() is None:              # whose checksums torch ignores
-            return conform(state, checkpoint_form(state))
+            check(state)
+            return state
     except Exception as error:                          # one of a dozen kinds, by what is broken
         if out_of_memory(error):
             raise
@@ -444,40 +448,29 @@ def read_checkpoint(folder):
                     f'as it is; to start over, delete {folder}')
 
 
-def checkpoint_form(state):
-    """A checkpoint with the types, shapes and memory layout that `state` must have."""
+def check(state):
+    """Raises where a type, a key or a shape of a checkpoint is not what `Run.save` writes, or a
+    number is out of range or not finite."""
     settings = options(**state['settings'])
     C, H, W = state['dataset']['shape']
     J = settings.latents
     rows = len(state['log'])
     if not ((C, H, W) in ((1, 64, 64), (3, 64, 64)) and 1 <= state['step'] <= 10 ** 9
             and rows <= 1 + state['step'] // ROW
-            and state['settings'] | dict(run=None) == vars(settings)):
-        raise ValueError('a setting or a size is out of range')
-    model = BetaVAE(C, J).requires_grad_(False).to(memory_format=torch.channels_last)
-    adam = {i: dict(step=torch.tensor(0.0), exp_avg=p.data, exp_avg_sq=p.data)
+            and state['settings'] | dict(run=None) == vars(settings)
+            and all((moments[name] >= 0).all() for moments in state['adam'].values()
+                    for name in ('step', 'exp_avg_sq'))):
+        raise ValueError('a setting, a size or a moment is out of range')
+    model = BetaVAE(C, J).requires_grad_(False)
+    adam = {i: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
             for i, p in enumerate(model.parameters())}
     shown = min(8, math.ceil(state['dataset']['size'] / data.HELD_OUT_EVERY))
     frames = {int(n): torch.zeros(shown, C, H, W, dtype=torch.uint8) for n in state['frames']}
-    return dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J),
+    form = dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J),
                 log=torch.zeros(rows, len(columns(J)), dtype=torch.float64), frames=frames,
-                settings=state['settings'], dataset=state['dataset'],
-                model=dict(model.state_dict()), adam=adam)
-
-
-def conform(found, form, name='it'):
-    """A copy of `found`, its tensors in the layout of `form`, which Adam's fused kernel takes for
-    granted. Raises where a type, a key or a shape differs or a number is not finite."""
-    if isinstance(form, dict) and found.keys() == form.keys():
-        return {key: conform(found[key], form[key], key) for key in form}
-    if isinstance(form, torch.Tensor):
-        low = 0 if name in ('exp_avg_sq', 'step') else -math.inf
-        if (found.dtype, found.shape) == (form.dtype, form.shape) and (
-                found.isfinite().all() and (found >= low).all()):
-            return torch.empty_like(form).copy_(found.detach())
-    elif found is form or type(found) is type(form) and math.isfinite(found):
-        return found
-    raise ValueError(f'{name} is not as expected')
+                settings=None, dataset=None, model=dict(model.state_dict()), adam=adam)
+    torch.testing.assert_close(                             # whatever its values are, if finite
+        state | dict(settings=None, dataset=None), form, rtol=0, atol=math.inf)
 
 
 def diverged(what, step, folder):
