@@ -578,18 +578,15 @@ class Progress:
 def locked(folder):
     """Hold a folder against other processes until this one ends, however it ends, by a flock on the
     folder itself. Where there is no fcntl (Windows), nothing is held."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     with contextlib.ExitStack() as stack:
-        handle = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'{folder} is being trained by another process') from None
+        with contextlib.suppress(ImportError):
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f'{folder} is being trained by another process') from None
         yield
 
 
