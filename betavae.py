@@ -1016,9 +1016,8 @@ def options(*argv, **given):
 
 def settle(settings, dataset):
     """The settings with what was left open filled in from the data, or from the run to resume."""
-    s = argparse.Namespace(**vars(settings))
-    s.data = dataset.source or dataset.name
-    s.crop = dataset.crop
+    s = argparse.Namespace(**vars(settings) | dict(
+        data=dataset.source or dataset.name, crop=dataset.crop))
     s.latents = s.latents or usual_latents(s.data)
     s.likelihood = s.likelihood or ('bernoulli' if dataset.shape[0] == 1 else 'gaussian')
     if s.capacity is not None and s.gamma is None:
