@@ -395,7 +395,7 @@ class Run:
 
     def finish(self):
         """The last row, checkpoint and views; also of a finished run that is started again."""
-        if not self.log or self.log[-1][0] != self.step:
+        if self.step % ROW:
             self.add_row()
         self.add_frame()
         self.save()
