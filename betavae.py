@@ -350,8 +350,14 @@ class Run:
         names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))
         bad = [name for name, value in zip(names, losses.tolist()) if not math.isfinite(value)]
         if bad:
-            diverged(', '.join(bad) + where, self.step, self.folder)
+            self.diverged(', '.join(bad) + where)
         return losses.tolist()
+
+    def diverged(self, what):
+        good = self.folder / 'checkpoint.pt'
+        saved = f'{good} is the last good one' if good.exists() else 'nothing was saved yet'
+        raise FloatingPointError(f'{what} is not finite at step {self.step:,}; {saved}. Try a '
+                                 'smaller --lr or --beta, or --warmup 1000')
 
     def add_row(self):
         loss, recon, *kl = self.means()
@@ -373,7 +379,7 @@ class Run:
             model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state'])
         tensors = [part.values() for part in (state['model'], *state['adam'].values())]
         if not all(t.isfinite().all() for t in itertools.chain([self.recent], *tensors)):
-            diverged('a loss, a weight or a moment of Adam', self.step, self.folder)
+            self.diverged('a loss, a weight or a moment of Adam')
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
         data.write_json(self.folder / 'settings.json', kept | dict(
             python=sys.version.split()[0], torch=torch.__version__))
@@ -471,13 +477,6 @@ def check(state):
                 settings=None, dataset=None, model=dict(model.state_dict()), adam=adam)
     torch.testing.assert_close(                             # whatever its values are, if finite
         state | dict(settings=None, dataset=None), form, rtol=0, atol=math.inf)
-
-
-def diverged(what, step, folder):
-    good = folder / 'checkpoint.pt'
-    saved = f'{good} is the last good one' if good.exists() else 'nothing was saved yet'
-    raise FloatingPointError(f'{what} is not finite at step {step:,}; {saved}. Try a smaller --lr '
-                             'or --beta, or --warmup 1000')
 
 
 def announce(s, dataset, model, step):
