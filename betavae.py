@@ -401,7 +401,7 @@ class Run:
 
     def finish(self):
         """The last row, checkpoint and views; also of a finished run that is started again."""
-        if self.step % ROW:
+        if not self.log or self.log[-1][0] != self.step:
             self.add_row()
         self.add_frame()
         self.save()
