@@ -755,7 +755,7 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     assert main('compare', 'a', 'b', 'c', '--pairs', 5) == 2
 
 
-def test_of_more_than_a_million_images_only_those_asked_for_are_encoded(trained):
+def test_of_more_than_a_million_images_only_those_asked_for_are_encoded(trained, capsys):
     drawn = []
     dataset = data.Dataset('big', (1, 64, 64), {'a': 10 ** 6 + 1},
                            lambda index: drawn.extend(index.tolist()) or toy().draw(index % 144))
@@ -763,6 +763,7 @@ def test_of_more_than_a_million_images_only_those_asked_for_are_encoded(trained)
     assert not drawn
     mu, _ = betavae.codes_of(betavae.load('a'), toy().images([3, 4]))
     np.testing.assert_allclose(encode([3, 4 + 144])[:, 0], mu, atol=1e-6)
+    assert 'a: 2 of 4 images encoded  ' in capsys.readouterr().out
     assert np.abs(encode([3, 4])[:, 1] - mu.numpy()).min() > 0 and len(drawn) == 4
 
 
