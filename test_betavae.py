@@ -879,7 +879,7 @@ def test_run_all_prints_the_eight_runs_and_refuses_once():
     for group in re.findall('^    (\\w+)  ', script('--help').stdout, re.M):
         lines = script('--print', group).stdout.splitlines()
         runs_of[group] = len({betavae.options(*shlex.split(line)[2:]).run for line in lines})
-    assert runs_of == dict(eight=8, short=30, beta250=2, latents6=4, dsprites=21, capacity=1)
+    assert runs_of == dict(eight=8, short=33, latents6=4, dsprites=21, capacity=1)
     for wrong in (['dsprite'], ['--betta', '3']):
         found = script(*wrong)
         assert found.returncode == 2 and found.stderr.count('\n') == 1
