@@ -53,6 +53,7 @@ class BetaVAE(nn.Module):
         self.latents = latents
         self.bf16 = bf16
         down = functools.partial(nn.Conv2d, kernel_size=4, stride=2, padding=1)
+        up = functools.partial(Up, kernel_size=4, stride=2, padding=1)
         activation = functools.partial(nn.LeakyReLU, leak)
         self.encoder = nn.Sequential(                               # (B, C, 64, 64)
             down(channels, 32), activation(),                       # (B, 32, 32, 32)
@@ -63,10 +64,10 @@ class BetaVAE(nn.Module):
         self.posterior = nn.Linear(256, 2 * latents)                # linear: μ, log σ² of any sign
         self.decoder = nn.Sequential(                               # (B, J)
             nn.Linear(latents, 256), activation(), nn.Linear(256, 1024), activation(),  # (B, 1024)
-            nn.Unflatten(1, (64, 4, 4)), Up(64, 64), activation(),  # (B, 64, 8, 8)
-            Up(64, 32), activation(),                               # (B, 32, 16, 16)
-            Up(32, 32), activation(),                               # (B, 32, 32, 32)
-            Up(32, channels))                                       # (B, C, 64, 64)
+            nn.Unflatten(1, (64, 4, 4)), up(64, 64), activation(),  # (B, 64, 8, 8)
+            up(64, 32), activation(),                               # (B, 32, 16, 16)
+            up(32, 32), activation(),                               # (B, 32, 32, 32)
+            up(32, channels))                                       # (B, C, 64, 64)
 
     def encode(self, x):
         """Images, float32 (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), float32 (B, J)."""
@@ -91,10 +92,7 @@ class BetaVAE(nn.Module):
 
 
 class Up(nn.ConvTranspose2d):
-    """Doubles the side. The bias is added separately: fused, its gradient is 3 times slower."""
-
-    def __init__(self, channels_in, channels_out):
-        super().__init__(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
+    """Transposed convolution, its bias added separately: fused, its gradient is 3 times slower."""
 
     def forward(self, h):
         h = F.conv_transpose2d(h, self.weight, None, self.stride, self.padding)
@@ -370,18 +368,18 @@ class Run:
         self.frames[self.step] = means_of(self.model, codes_of(self.model, self.held_out[:8])[0])
 
     def save(self):
-        kept = {name: x for name, x in vars(self.settings).items() if name != 'run'}   # may move
+        settings = {name: x for name, x in vars(self.settings).items() if name != 'run'}  # may move
         names = columns(self.settings.latents)
         log = torch.tensor(self.log, dtype=torch.float64).view(len(self.log), len(names))
         state = dict(
             step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
-            frames=self.frames, settings=kept, dataset=self.dataset.identity(),
+            frames=self.frames, settings=settings, dataset=self.dataset.identity(),
             model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state'])
         tensors = [part.values() for part in (state['model'], *state['adam'].values())]
         if not all(t.isfinite().all() for t in itertools.chain([self.recent], *tensors)):
             self.diverged('a loss, a weight or a moment of Adam')
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
-        data.write_json(self.folder / 'settings.json', kept | dict(
+        data.write_json(self.folder / 'settings.json', settings | dict(
             python=sys.version.split()[0], torch=torch.__version__))
         data.write(self.folder / 'log.csv', lambda file: np.savetxt(
             file, log, '%.9g', ',', header=','.join(names), comments=''))
@@ -687,7 +685,7 @@ def compare(argv):
     """Runs side by side. Those that differ in the seed alone are one row."""
     args = compare_parser().parse_args(argv)
     out = args.out or args.runs[0].parent
-    runs = [finished(folder) for folder in args.runs]
+    runs = [read_run(folder) for folder in args.runs]
     if len({json.dumps(run['dataset']) for run in runs}) != 1:
         raise UserError('these runs are of more than one data set; compare those of one')
     rows = {run['row']: [other for other in runs if other['row'] == run['row']] for run in runs}
@@ -719,7 +717,7 @@ def compare(argv):
         say(f'no pictures of these runs: {error}')
 
 
-def finished(folder):
+def read_run(folder):
     """A run's folder as one dictionary: settings, summary, scores. Without a checkpoint.pt, as in
     results/, it can be tabulated but not scored or drawn."""
     run = read_json(folder / 'settings.json') | read_json(folder / 'summary.json')
@@ -1007,8 +1005,8 @@ def options(*argv, **given):
         '--gamma needs --capacity': s.capacity is None and s.gamma is not None,
         '--capacity takes the place of --beta, --beta-from and --tc':
             s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None)}
-    for message, found in contradictions.items():
-        if found:
+    for message, applies in contradictions.items():
+        if applies:
             raise UserError(message)
     return s
 
@@ -1027,14 +1025,15 @@ def settle(settings, dataset):
     name = f'{Path(s.data).stem} {describe(s)}'.replace('β', 'beta').replace(',', '')
     name = re.sub('[^A-Za-z0-9.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
     s.run = s.run or str(Path('runs', name))
-    found = read_checkpoint(s.run)['settings'] if Path(s.run, 'checkpoint.pt').is_file() else {}
+    resumable = Path(s.run, 'checkpoint.pt').is_file()
+    previous = read_checkpoint(s.run)['settings'] if resumable else {}
     devices = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if s.device == 'auto':
-        s.device = found.get('device') or next(filter(devices.get, devices))
+        s.device = previous.get('device') or next(filter(devices.get, devices))
     if not devices[s.device]:
         raise UserError(f'there is no {s.device} device here')
     if s.precision == 'auto':
-        s.precision = found.get('precision', 'bf16' if has_bf16(s.device) else 'fp32')
+        s.precision = previous.get('precision', 'bf16' if has_bf16(s.device) else 'fp32')
     return s
 
 

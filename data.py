@@ -88,10 +88,10 @@ class Dataset:
             raise IndexError(f'there are images 0 to {self.size - 1}, not {index.min()} to '
                              f'{index.max()}')
         parts = [self.draw(part) for part in index.split(256)]              # 256 fit the caches
-        found, shape = parts[0], (min(len(index), 256), *self.shape)
-        if not torch.is_tensor(found) or (found.dtype, found.shape) != (torch.uint8, shape):
+        first, shape = parts[0], (min(len(index), 256), *self.shape)
+        if not torch.is_tensor(first) or (first.dtype, first.shape) != (torch.uint8, shape):
             raise TypeError(f'draw must return a uint8 tensor of shape {shape}')
-        return torch.cat(parts) if len(parts) > 1 else found
+        return torch.cat(parts) if len(parts) > 1 else first
 
     def train_index(self, i):
         """The i-th index of the training part, i in 0 … train_size − 1 (array or tensor)."""
