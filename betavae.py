@@ -189,7 +189,7 @@ def train(dataset, settings):
     optimiser = torch.optim.Adam(model.parameters(), lr=s.lr, fused=s.device != 'mps')
     terms = dict(likelihood=s.likelihood, tc=dataset.train_size if s.tc else None, gamma=s.gamma)
     end = s.beta if s.capacity is None else s.capacity
-    with Run(s, dataset, model, optimiser, terms) as run:           # a new run, or where it stopped
+    with Run(s, dataset, model, optimiser, terms).under_way() as run:  # new, or where it stopped
         for step in range(run.step, s.steps):
             beta = beta_at(step, end, s.beta_from or 0.0, s.anneal)
             optimiser.param_groups[0]['lr'] = s.lr * min(1, (step + 1) / max(1, s.warmup))
@@ -265,38 +265,30 @@ class Run:
         self.frames = {}                                # step → what was reconstructed then
         self.stopping = False
 
-    def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(data.locked(self.folder))
+    @contextlib.contextmanager
+    def under_way(self):
+        """Hold the folder, resume what it holds, stop at a signal; after the last step `finish`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with data.locked(self.folder), on_signals(self.stop):
             data.sweep(self.folder, age=0)
             if (self.folder / 'checkpoint.pt').is_file():
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
-            with contextlib.suppress(ValueError):           # only the main thread has signals
-                for number in {signal.SIGINT, signal.SIGTERM,
-                               getattr(signal, 'SIGHUP', signal.SIGTERM)}:      # not on Windows
-                    if signal.getsignal(number) != signal.SIG_IGN:              # as under nohup
-                        stack.callback(signal.signal, number, signal.signal(number, self.stop))
-            self.cleanup = stack.pop_all()
-        self.progress = data.Progress(self.settings.steps, self.step, self.settings.batch)
-        self.saved = time.monotonic()
-        self.tick = time.perf_counter()
-        return self
+            self.progress = data.Progress(self.settings.steps, self.step, self.settings.batch)
+            self.saved = time.monotonic()
+            self.tick = time.perf_counter()
+            try:
+                yield self
+                self.finish()
+            except FloatingPointError as error:
+                good = self.folder / 'checkpoint.pt'
+                saved = f'{good} is the last good one' if good.exists() else 'nothing was saved yet'
+                raise FloatingPointError(f'{error} at step {self.step:,}; {saved}. Try a smaller '
+                                         '--lr or --beta, or --warmup 1000') from None
 
     def resume(self, state):
         """Take over a checkpoint. UserError if its options or data are not those of this run."""
-        now = vars(self.settings)
-        differ = [f'--{name.replace("_", "-")} was {was}, now {now[name]}'
-                  for name, was in state['settings'].items()
-                  if name not in ('data', 'steps') and was != now[name]]
-        if state['dataset'] != self.dataset.identity():     # its place may change, not its images
-            differ.append(f"its data has changed (it had {state['dataset']['size']:,} images)")
-        if state['step'] > self.settings.steps:
-            differ.append(f"it is at step {state['step']:,}, past --steps {self.settings.steps:,}")
-        if differ:
-            raise UserError(f'{self.folder} cannot be resumed like this: {"; ".join(differ)}. '
-                            'Choose another --run, or delete it')
+        refuse_other(state, self.settings, self.dataset)
         groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])
         self.optimiser.load_state_dict(dict(state=state['adam'], param_groups=groups))
@@ -340,26 +332,11 @@ class Run:
 
     def means(self):
         """Loss, reconstruction and KL_j since the last row: 2 + J floats."""
-        return self.finite(self.recent[:(self.step - 1) % ROW + 1].mean(0))
-
-    def finite(self, losses, where=''):
-        """Loss, reconstruction and KL_j (2 + J,) as floats. FloatingPointError names those of them
-        that are not finite."""
-        names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))
-        bad = [name for name, value in zip(names, losses.tolist()) if not math.isfinite(value)]
-        if bad:
-            self.diverged(', '.join(bad) + where)
-        return losses.tolist()
-
-    def diverged(self, what):
-        good = self.folder / 'checkpoint.pt'
-        saved = f'{good} is the last good one' if good.exists() else 'nothing was saved yet'
-        raise FloatingPointError(f'{what} is not finite at step {self.step:,}; {saved}. Try a '
-                                 'smaller --lr or --beta, or --warmup 1000')
+        return finite(self.recent[:(self.step - 1) % ROW + 1].mean(0))
 
     def add_row(self):
         loss, recon, *kl = self.means()
-        held_loss, held_recon, *held_kl = self.finite(
+        held_loss, held_recon, *held_kl = finite(
             evaluate(self.model, self.held_out[:125], self.beta, self.terms), ' on held-out images')
         self.log.append([self.step, self.beta, loss, recon, sum(kl), *kl,
                          held_loss, held_recon, sum(held_kl), self.seconds])
@@ -377,7 +354,7 @@ class Run:
             model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state'])
         tensors = [part.values() for part in (state['model'], *state['adam'].values())]
         if not all(t.isfinite().all() for t in itertools.chain([self.recent], *tensors)):
-            self.diverged('a loss, a weight or a moment of Adam')
+            raise FloatingPointError('a loss, a weight or a moment of Adam is not finite')
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
         data.write_json(self.folder / 'settings.json', settings | dict(
             python=sys.version.split()[0], torch=torch.__version__))
@@ -392,11 +369,6 @@ class Run:
         draw(self.folder, self.model, self.settings, summary, log, self.frames, self.held_out)
         return summary
 
-    def __exit__(self, error, *_):
-        with self.cleanup:
-            if error is None:
-                self.finish()
-
     def finish(self):
         """The last row, checkpoint and views; also of a finished run that is started again."""
         if not self.log or self.log[-1][0] != self.step:
@@ -408,6 +380,42 @@ class Run:
         if summary['collapsed']:
             say(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, and every "
                 'image becomes the mean image. Try a smaller --beta, or let it rise (--anneal)')
+
+
+@contextlib.contextmanager
+def on_signals(stop):
+    """Call `stop` at SIGINT, SIGTERM and SIGHUP, in place of what they do otherwise."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ValueError):               # only the main thread has signals
+            for number in {signal.SIGINT, signal.SIGTERM,
+                           getattr(signal, 'SIGHUP', signal.SIGTERM)}:          # not on Windows
+                if signal.getsignal(number) != signal.SIG_IGN:                  # as under nohup
+                    stack.callback(signal.signal, number, signal.signal(number, stop))
+        yield
+
+
+def refuse_other(state, settings, dataset):
+    """Raises UserError where a checkpoint is of other options or data."""
+    differ = [f'--{name.replace("_", "-")} was {was}, now {getattr(settings, name)}'
+              for name, was in state['settings'].items()
+              if name not in ('data', 'steps') and was != getattr(settings, name)]
+    if state['dataset'] != dataset.identity():              # its place may change, not its images
+        differ.append(f"its data has changed (it had {state['dataset']['size']:,} images)")
+    if state['step'] > settings.steps:
+        differ.append(f"it is at step {state['step']:,}, past --steps {settings.steps:,}")
+    if differ:
+        raise UserError(f'{settings.run} cannot be resumed like this: {"; ".join(differ)}. '
+                        'Choose another --run, or delete it')
+
+
+def finite(losses, where=''):
+    """Loss, reconstruction and KL_j (2 + J,) as floats. FloatingPointError names those of them that
+    are not finite."""
+    names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))
+    bad = [name for name, value in zip(names, losses.tolist()) if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(f'{", ".join(bad)}{where} is not finite')
+    return losses.tolist()
 
 
 def columns(latents):
