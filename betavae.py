@@ -384,7 +384,7 @@ class Run:
 
 @contextlib.contextmanager
 def on_signals(stop):
-    """Call `stop` at SIGINT, SIGTERM and SIGHUP, in place of what they do otherwise."""
+    """Call `stop` at SIGINT, SIGTERM and SIGHUP, unless one is ignored; at the end, as before."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ValueError):               # only the main thread has signals
             for number in {signal.SIGINT, signal.SIGTERM,
