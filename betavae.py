@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -186,7 +185,7 @@ def train(dataset, settings):
     surrounds the algorithm is in Run. Raises UserError, and KeyboardInterrupt when stopped."""
     s = settle(settings, dataset)
     model = initial_model(s, dataset.shape[0])
-    optimiser = torch.optim.Adam(model.parameters(), lr=s.lr, fused=s.device != 'mps')
+    optimiser = torch.optim.Adam(model.parameters(), lr=s.lr, fused=True)
     terms = dict(likelihood=s.likelihood, tc=dataset.train_size if s.tc else None, gamma=s.gamma)
     end = s.beta if s.capacity is None else s.capacity
     with Run(s, dataset, model, optimiser, terms).under_way() as run:  # new, or where it stopped
@@ -271,20 +270,14 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with data.locked(self.folder), on_signals(self.stop):
             data.sweep(self.folder, age=0)
-            if (self.folder / 'checkpoint.pt').is_file():
+            if (self.folder / 'checkpoint.pt').exists():
                 self.resume(read_checkpoint(self.folder))
             announce(self.settings, self.dataset, self.model, self.step)
             self.progress = data.Progress(self.settings.steps, self.step, self.settings.batch)
             self.saved = time.monotonic()
             self.tick = time.perf_counter()
-            try:
-                yield self
-                self.finish()
-            except FloatingPointError as error:
-                good = self.folder / 'checkpoint.pt'
-                saved = f'{good} is the last good one' if good.exists() else 'nothing was saved yet'
-                raise FloatingPointError(f'{error} at step {self.step:,}; {saved}. Try a smaller '
-                                         '--lr or --beta, or --warmup 1000') from None
+            yield self
+            self.finish()
 
     def resume(self, state):
         """Take over a checkpoint. UserError if its options or data are not those of this run."""
@@ -292,10 +285,9 @@ class Run:
         groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])
         self.optimiser.load_state_dict(dict(state=state['adam'], param_groups=groups))
-        for weights, moments in self.optimiser.state.items():
-            for name in ('exp_avg', 'exp_avg_sq'):          # the fused kernel asks for one layout
-                moments[name] = torch.empty_like(weights).copy_(moments[name])
-        self.step, self.beta, self.seconds = state['step'], state['beta'], state['seconds']
+        self.step = state['step']
+        self.beta = state['beta']
+        self.seconds = state['seconds']
         self.recent.copy_(state['recent'])
         self.log = [row for row in state['log'].tolist() if row[0] % ROW == 0]
         self.frames = {n: x for n, x in state['frames'].items() if n in self.picture_steps}
@@ -309,14 +301,12 @@ class Run:
         self.recent[self.step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
         self.beta = beta
         self.step += 1
-        row_due = self.step % ROW == 0
-        if row_due or self.settings.device == 'cpu':                    # each look stalls a GPU
-            self.means()
         self.seconds += time.perf_counter() - self.tick
-        if row_due:
+        if self.step % ROW == 0:
             self.add_row()
         if self.progress.due(self.step):
-            self.progress.show(self.step, progress_line(self))
+            self.progress.show(self.step, progress_line(self.settings, self.step, self.beta,
+                                                        *self.means()[1:]))
         if self.step in self.picture_steps:
             self.add_frame()
             self.save()
@@ -332,12 +322,15 @@ class Run:
 
     def means(self):
         """Loss, reconstruction and KL_j since the last row: 2 + J floats."""
-        return finite(self.recent[:(self.step - 1) % ROW + 1].mean(0))
+        means = self.recent[:(self.step - 1) % ROW + 1].mean(0)
+        require_finite(f'the loss before step {self.step:,}', means)
+        return means.tolist()
 
     def add_row(self):
         loss, recon, *kl = self.means()
-        held_loss, held_recon, *held_kl = finite(
-            evaluate(self.model, self.held_out[:125], self.beta, self.terms), ' on held-out images')
+        held_out = evaluate(self.model, self.held_out[:125], self.beta, self.terms)
+        require_finite(f'the held-out loss at step {self.step:,}', held_out)
+        held_loss, held_recon, *held_kl = held_out.tolist()
         self.log.append([self.step, self.beta, loss, recon, sum(kl), *kl,
                          held_loss, held_recon, sum(held_kl), self.seconds])
 
@@ -345,16 +338,18 @@ class Run:
         self.frames[self.step] = means_of(self.model, codes_of(self.model, self.held_out[:8])[0])
 
     def save(self):
+        weights = self.model.state_dict()
+        adam = self.optimiser.state_dict()['state']
+        moments = itertools.chain.from_iterable(moment.values() for moment in adam.values())
+        require_finite(f'a loss, a weight or a moment of Adam at step {self.step:,}',
+                       self.recent, *weights.values(), *moments)
         settings = {name: x for name, x in vars(self.settings).items() if name != 'run'}  # may move
         names = columns(self.settings.latents)
-        log = torch.tensor(self.log, dtype=torch.float64).view(len(self.log), len(names))
+        log = torch.tensor(self.log, dtype=torch.float64).view(-1, len(names))
         state = dict(
             step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
             frames=self.frames, settings=settings, dataset=self.dataset.identity(),
-            model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state'])
-        tensors = [part.values() for part in (state['model'], *state['adam'].values())]
-        if not all(t.isfinite().all() for t in itertools.chain([self.recent], *tensors)):
-            raise FloatingPointError('a loss, a weight or a moment of Adam is not finite')
+            model=dict(weights), adam=adam)
         data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
         data.write_json(self.folder / 'settings.json', settings | dict(
             python=sys.version.split()[0], torch=torch.__version__))
@@ -364,7 +359,8 @@ class Run:
 
     def draw(self, images):
         log = dict(zip(columns(self.settings.latents), np.array(self.log).T))
-        summary = summarise(self.model, self.dataset, self.settings, log, self.held_out, images)
+        summary = summarise(
+            self.model, self.dataset, self.settings, self.step, self.held_out, images)
         data.write_json(self.folder / 'summary.json', summary)
         draw(self.folder, self.model, self.settings, summary, log, self.frames, self.held_out)
         return summary
@@ -400,7 +396,7 @@ def refuse_other(state, settings, dataset):
               for name, was in state['settings'].items()
               if name not in ('data', 'steps') and was != getattr(settings, name)]
     if state['dataset'] != dataset.identity():              # its place may change, not its images
-        differ.append(f"its data has changed (it had {state['dataset']['size']:,} images)")
+        differ.append('its data has changed')
     if state['step'] > settings.steps:
         differ.append(f"it is at step {state['step']:,}, past --steps {settings.steps:,}")
     if differ:
@@ -408,14 +404,11 @@ def refuse_other(state, settings, dataset):
                         'Choose another --run, or delete it')
 
 
-def finite(losses, where=''):
-    """Loss, reconstruction and KL_j (2 + J,) as floats. FloatingPointError names those of them that
-    are not finite."""
-    names = 'the loss', 'the reconstruction', *(f'the KL of z{j}' for j in range(len(losses)))
-    bad = [name for name, value in zip(names, losses.tolist()) if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(f'{", ".join(bad)}{where} is not finite')
-    return losses.tolist()
+def require_finite(name, *tensors):
+    """Raises FloatingPointError before anything that is not finite is logged or saved."""
+    if not all(t.isfinite().all() for t in tensors):
+        raise FloatingPointError(f'{name} is not finite; the last checkpoint is from before it. '
+                                 'Try a smaller --lr or --beta, or --warmup 1000')
 
 
 def columns(latents):
@@ -442,47 +435,21 @@ def load(run, precision='fp32'):
 
 
 def read_checkpoint(folder):
-    """The state in a run's checkpoint.pt, checked against what `Run.save` writes. Nothing in it is
-    executed. Raises UserError for any deviation, OSError and MemoryError as they come."""
+    """What `Run.save` wrote. Nothing in it is executed. UserError for a file that is damaged, or of
+    another version or program."""
     path = Path(folder, 'checkpoint.pt')
     if not path.is_file():
         raise UserError(f'there is no {path}: is {folder} the folder of a run?')
-    content = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(content, map_location='cpu', weights_only=True)
-        if zipfile.ZipFile(content).testzip() is None:              # whose checksums torch ignores
-            check(state)
-            return state
-    except Exception as error:                          # one of a dozen kinds, by what is broken
-        if out_of_memory(error):
-            raise
-    raise UserError(f'{path} is not a valid checkpoint: damaged, or of another program. It is left '
-                    f'as it is; to start over, delete {folder}')
-
-
-def check(state):
-    """Raises where a type, a key or a shape of a checkpoint is not what `Run.save` writes, or a
-    number is out of range or not finite."""
-    settings = options(**state['settings'])
-    C, H, W = state['dataset']['shape']
-    J = settings.latents
-    rows = len(state['log'])
-    if not ((C, H, W) in ((1, 64, 64), (3, 64, 64)) and 1 <= state['step'] <= 10 ** 9
-            and rows <= 1 + state['step'] // ROW
-            and state['settings'] | dict(run=None) == vars(settings)
-            and all((moments[name] >= 0).all() for moments in state['adam'].values()
-                    for name in ('step', 'exp_avg_sq'))):
-        raise ValueError('a setting, a size or a moment is out of range')
-    model = BetaVAE(C, J).requires_grad_(False)
-    adam = {i: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
-            for i, p in enumerate(model.parameters())}
-    shown = min(8, math.ceil(state['dataset']['size'] / data.HELD_OUT_EVERY))
-    frames = {int(n): torch.zeros(shown, C, H, W, dtype=torch.uint8) for n in state['frames']}
-    form = dict(step=1, beta=0.0, seconds=0.0, recent=torch.zeros(ROW, 2 + J),
-                log=torch.zeros(rows, len(columns(J)), dtype=torch.float64), frames=frames,
-                settings=None, dataset=None, model=dict(model.state_dict()), adam=adam)
-    torch.testing.assert_close(                             # whatever its values are, if finite
-        state | dict(settings=None, dataset=None), form, rtol=0, atol=math.inf)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()                     # by checksums, which torch ignores
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if damaged or state['settings'].keys() != vars(options()).keys() - {'run'}:
+            raise ValueError(f'{damaged} is damaged' if damaged else 'of another version')
+        return state
+    except Exception as error:                              # one of a dozen kinds
+        raise UserError(f'{path} is not a valid checkpoint ({error}). It is left as it is; to '
+                        f'start over, delete {folder}') from None
 
 
 def announce(s, dataset, model, step):
@@ -503,11 +470,10 @@ def announce(s, dataset, model, step):
             f'and none from β = {2 * float(spectrum(dataset)[0]):.3g} on')
 
 
-def progress_line(run):
-    _, recon, *kl = run.means()
-    letter = 'β' if run.settings.capacity is None else 'C'
-    return (f'step {run.step:,}/{run.settings.steps:,}  {letter} {run.beta:.4g}  '
-            f'recon {recon:.1f}  KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{len(kl)}')
+def progress_line(settings, step, beta, recon, *kl):
+    letter = 'β' if settings.capacity is None else 'C'
+    return (f'step {step:,}/{settings.steps:,}  {letter} {beta:.4g}  recon {recon:.1f}  '
+            f'KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{len(kl)}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -597,7 +563,7 @@ def known_factors(model, dataset, kl, n):
 
 
 @torch.no_grad()
-def summarise(model, dataset, settings, log, held_out, n):
+def summarise(model, dataset, settings, steps, held_out, n):
     """summary.json: a run's figures, in nats per image over at most 1,000 held-out images; what its
     latents know of the factors is measured over n images."""
     mu, logvar = codes_of(model, held_out)                                          # (≤ 1000, J)
@@ -605,10 +571,8 @@ def summarise(model, dataset, settings, log, held_out, n):
     z = sample(mu, logvar, fixed_noise(*mu.shape)).to(held_out.device)
     recon = sum(reconstruction(model.decode(part), as_input(x), settings.likelihood) * len(x)
                 for part, x in zip(z.split(64), held_out.split(64))) / len(z)
-    steps = int(log['step'][-1])
     known = known_factors(model, dataset, kl, n)
     by_mean = int(mu.mean(0).abs().argmax())
-    pace = np.diff(log['step'], prepend=0) / np.maximum(np.diff(log['seconds'], prepend=0), 1e-9)
     return dict(
         label=describe(settings), steps=steps, reconstruction=float(recon), kl=float(kl.sum()),
         kl_per_latent=kl.tolist(), active_latents=int((kl > ACTIVE).sum()),
@@ -617,15 +581,13 @@ def summarise(model, dataset, settings, log, held_out, n):
         top_latent=known['latent_names'][int(kl.argmax())],
         top_latent_by_mean=known['latent_names'][by_mean], largest_mean=float(mu.mean(0)[by_mean]),
         largest_mean_standard_error=float(mu[:, by_mean].std(correction=0) / math.sqrt(len(mu))),
-        train_reconstruction=log['recon'][-1], train_kl=log['kl'][-1], last_beta=log['beta'][-1],
-        seconds=log['seconds'][-1], images_per_second=float(np.median(pace)) * settings.batch,
-        dataset=dataset.identity(), weights=fingerprint(model.state_dict()), **known)
+        dataset=dataset.identity(), weights=fingerprint(model), **known)
 
 
-def fingerprint(weights):
-    """What tells one state_dict from another: what a summary and its scores belong to."""
+def fingerprint(model):
+    """What tells one model's weights from another's: what a summary and its scores belong to."""
     return hashlib.sha256(b''.join(
-        t.cpu().numpy().tobytes() for t in weights.values())).hexdigest()
+        t.cpu().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
 
 
 def draw(folder, model, settings, summary, log, frames, held_out):
@@ -694,17 +656,17 @@ def compare(argv):
     args = compare_parser().parse_args(argv)
     out = args.out or args.runs[0].parent
     runs = [read_run(folder) for folder in args.runs]
-    if len({json.dumps(run['dataset']) for run in runs}) != 1:
+    if any(run['dataset'] != runs[0]['dataset'] for run in runs):
         raise UserError('these runs are of more than one data set; compare those of one')
-    rows = {run['row']: [other for other in runs if other['row'] == run['row']] for run in runs}
-    shared = vars(options()).keys() - {'run', 'seed', 'steps', 'data'}
-    for label, row in rows.items():
-        if len({run['seed'] for run in row}) < len(row) or any(
-                run.get(name) != row[0].get(name) for run in row for name in shared):
-            raise UserError(f"{', '.join(str(run['folder']) for run in row)} share the row {label} "
-                            'and so must differ in the seed and in no other option')
     for run in runs if args.pairs else []:
         score(run, args.pairs, args.factors, args.train)
+    unlike = [name for name in ('likelihood', 'crop', 'device', 'precision')
+              if any(run[name] != runs[0][name] for run in runs)]
+    rows = {}
+    for run in runs:
+        words = [run['label'], f"{run['steps']:,} steps", *(str(run[name]) for name in unlike)]
+        rows.setdefault(', '.join(words), []).append(run)
+
     out.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for run in runs for name in run)
     scores = [name for name in names if name.startswith('accuracy')]
@@ -726,33 +688,27 @@ def compare(argv):
 
 
 def read_run(folder):
-    """A run's folder as one dictionary: settings, summary, scores. Without a checkpoint.pt, as in
-    results/, it can be tabulated but not scored or drawn."""
-    run = read_json(folder / 'settings.json') | read_json(folder / 'summary.json')
-    kinds = dict(label=str, steps=int, seed=int, device=str, precision=str, dataset=dict,
-                 weights=str, data=str, crop=(int, type(None)), beta=float, reconstruction=float,
-                 kl=float, active_latents=int, linear_latents=(int, type(None)), top_latent=str)
-    wrong = [name for name, kind in kinds.items() if not isinstance(run.get(name), kind)]
-    if wrong:
-        raise UserError(f'{folder} is not a finished run: its settings.json and summary.json lack '
-                        f'{", ".join(wrong)}')
-    if (folder / 'checkpoint.pt').is_file():
-        state = read_checkpoint(folder)
-        if (state['step'], fingerprint(state['model'])) != (run['steps'], run['weights']):
-            raise UserError(f"{folder} stopped at step {state['step']:,} without a summary. To "
-                            f"finish it there, repeat its command with --steps {state['step']}")
-    scores = read_json(folder / 'scores.json')
-    if (scores.get('steps'), scores.get('weights')) == (run['steps'], run['weights']):
-        run |= {name: value for name, value in dict(scores.get('scores', {})).items()
-                if isinstance(value, float) and re.fullmatch(r'accuracy_K\d+_L\d+.*', name)}
-    return run | dict(folder=folder, row=f"{run['label']}, {run['steps']:,} steps")
+    """Settings, summary and scores of a finished run in one dictionary. Without its checkpoint.pt,
+    as in results/, it can be tabulated, but not scored or drawn."""
+    settings, summary, scores = (read_json(folder / f'{name}.json')
+                                 for name in ('settings', 'summary', 'scores'))
+    if not settings or 'label' not in summary:
+        raise UserError(f'{folder} is not the folder of a finished run')
+    if (folder / 'checkpoint.pt').exists():
+        step = read_checkpoint(folder)['step']
+        if (step, fingerprint(load(folder))) != (summary['steps'], summary['weights']):
+            raise UserError(f'{folder} stopped at step {step:,} without a summary. To finish it '
+                            f'there, repeat its command with --steps {step}')
+    if scores.get('weights') == summary['weights']:
+        summary |= scores['scores']
+    return settings | summary | dict(folder=folder)
 
 
 def read_json(path):
     """The dictionary in a file; {} where there is none."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
         raise UserError(f'{path} cannot be read ({error}); delete it') from None
 
 
@@ -767,7 +723,8 @@ def table(rows, names):
         low, mean, high = (form.format(of(values)) for of in (min, np.mean, max))
         return mean if len(values) == 1 else f'{mean} ({low} to {high})'
     return [['run', 'seeds', *(name.replace('_', ' ') for name in names)]] + [
-        [label, str(len(row)), *(cell(row, name) for name in names)] for label, row in rows.items()]
+        [label, ', '.join(str(run['seed']) for run in row), *(cell(row, name) for name in names)]
+        for label, row in rows.items()]
 
 
 def curve(pairs):
@@ -920,11 +877,7 @@ K, so give both with every score. Scores are kept in scores.json, in the folder 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, no abbreviations, and help on any terminal."""
-
-    def __init__(self, prog, usage, description):
-        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    """argparse with errors of one line, and help on any terminal."""
 
     def error(self, message):
         raise UserError(f'{message} (see --help)')
@@ -948,7 +901,8 @@ def integers(text):
 
 
 def training_parser():
-    parser = Parser('betavae.py', '%(prog)s [OPTION …]', HELP)
+    parser = Parser('betavae.py', '%(prog)s [OPTION …]', HELP, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     whole = between(int, 0, 10 ** 9)
     positive = between(int, 1, 10 ** 9)
     real = between(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
@@ -976,14 +930,15 @@ def training_parser():
     add = parser.add_argument_group('run').add_argument
     add('--run', help='its folder (default: runs/ and a name made from the options)')
     add('--seed', type=between(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
-    add('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='(default: auto)')
+    add('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='(default: auto)')
     add('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
         help='of the convolutions (default: auto, bf16 where the hardware supports it)')
     return parser
 
 
 def compare_parser():
-    parser = Parser('betavae.py compare', '%(prog)s RUN … [OPTION …]', COMPARE_HELP)
+    parser = Parser('betavae.py compare', '%(prog)s RUN … [OPTION …]', COMPARE_HELP,
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('runs', nargs='+', type=Path, metavar='RUN', help='folders of finished runs')
     add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
@@ -1005,24 +960,22 @@ def options(*argv, **given):
     words = [f'--{name.replace("_", "-")}' + f'={value}' * (name != 'tc')
              for name, value in given.items() if value is not None and value is not False]
     s = training_parser().parse_args([*argv, *words])
-    contradictions = {                                  # argparse makes a list of --name=--
-        "'--' is not a value": any(isinstance(value, list) for value in vars(s).values()),
-        '--beta-from needs --anneal: the steps over which β moves':
-            s.beta_from is not None and not s.anneal,
-        '--tc needs a --batch of two or more': s.tc and s.batch == 1,
-        '--gamma needs --capacity': s.capacity is None and s.gamma is not None,
-        '--capacity takes the place of --beta, --beta-from and --tc':
-            s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None)}
-    for message, applies in contradictions.items():
-        if applies:
-            raise UserError(message)
+    if s.beta_from is not None and not s.anneal:
+        raise UserError('--beta-from needs --anneal: the steps over which β moves')
+    if s.tc and s.batch == 1:
+        raise UserError('--tc needs a --batch of two or more')
+    if s.gamma is not None and s.capacity is None:
+        raise UserError('--gamma needs --capacity')
+    if s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None):
+        raise UserError('--capacity takes the place of --beta, --beta-from and --tc')
     return s
 
 
 def settle(settings, dataset):
-    """The settings with what was left open filled in from the data, or from the run to resume."""
-    s = argparse.Namespace(**vars(settings) | dict(
-        data=dataset.source or dataset.name, crop=dataset.crop))
+    """The settings with what was left open filled in from the data and this machine."""
+    s = argparse.Namespace(**vars(settings))
+    s.data = dataset.source or dataset.name
+    s.crop = dataset.crop
     s.latents = s.latents or usual_latents(s.data)
     s.likelihood = s.likelihood or ('bernoulli' if dataset.shape[0] == 1 else 'gaussian')
     if s.capacity is not None and s.gamma is None:
@@ -1030,18 +983,15 @@ def settle(settings, dataset):
     if s.batch > dataset.train_size:
         raise UserError(f'--batch {s.batch} is more than the {dataset.train_size} training images '
                         f'of {s.data}')
+    if s.device == 'auto':
+        s.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if s.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('there is no cuda device here')
+    if s.precision == 'auto':
+        s.precision = 'bf16' if has_bf16(s.device) else 'fp32'
     name = f'{Path(s.data).stem} {describe(s)}'.replace('β', 'beta').replace(',', '')
     name = re.sub('[^A-Za-z0-9.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
     s.run = s.run or str(Path('runs', name))
-    resumable = Path(s.run, 'checkpoint.pt').is_file()
-    previous = read_checkpoint(s.run)['settings'] if resumable else {}
-    devices = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if s.device == 'auto':
-        s.device = previous.get('device') or next(filter(devices.get, devices))
-    if not devices[s.device]:
-        raise UserError(f'there is no {s.device} device here')
-    if s.precision == 'auto':
-        s.precision = previous.get('precision', 'bf16' if has_bf16(s.device) else 'fp32')
     return s
 
 
@@ -1065,7 +1015,7 @@ def has_bf16(device):
     if device == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = getattr(torch.cpu, 'get_capabilities', dict)()
-    return device == 'cpu' and bool(has.get('avx512_bf16') or has.get('amx_bf16'))
+    return bool(has.get('avx512_bf16') or has.get('amx_bf16'))
 
 
 def keep_freed_memory():
@@ -1078,6 +1028,10 @@ def keep_freed_memory():
         mallopt(-8, 1)                      # M_ARENA_MAX: and is the only one; others do shrink
 
 
+EXIT_STATUS = {UserError: 2, FloatingPointError: 3, KeyboardInterrupt: 130, OSError: 1,
+               MemoryError: 1, torch.OutOfMemoryError: 1}
+
+
 def main(argv):
     keep_freed_memory()
     try:
@@ -1086,25 +1040,12 @@ def main(argv):
         else:
             settings = options(*argv)
             train(data.load(settings.data, settings.crop), settings)
-    except (Exception, KeyboardInterrupt) as error:
-        if out_of_memory(error):
-            message = 'not enough memory; try a smaller --batch'
-        elif isinstance(error, OSError) and error.filename:
-            message = f'{error.strerror}: {error.filename}'
-        elif isinstance(error, (UserError, KeyboardInterrupt, FloatingPointError, OSError)):
-            message = str(error) or 'interrupted'
-        else:
-            raise
+    except tuple(EXIT_STATUS) as error:
         if data.on_terminal():
             say('')                             # below the line of progress
-        say(f'betavae: {message}', file=sys.stderr)
-        codes = {UserError: 2, FloatingPointError: 3, KeyboardInterrupt: 130}
-        raise SystemExit(codes.get(type(error), 1)) from None
-
-
-def out_of_memory(error):
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and 'allocate' in str(error))           # torch's
+        say(f'betavae: {data.one_line(error) or type(error).__name__}', file=sys.stderr)
+        raise SystemExit(next(status for kind, status in EXIT_STATUS.items()
+                              if isinstance(error, kind))) from None
 
 
 # /// script

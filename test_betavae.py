@@ -364,7 +364,7 @@ def test_half_precision_defaults_and_wrong_input():
 
 @pytest.mark.parametrize('run', ['a', 'c'])
 def test_each_field_of_the_summary(run, finished):
-    summary, log, dataset = read(finished, run, 'summary.json'), read_log(finished / run), toy()
+    summary, dataset = read(finished, run, 'summary.json'), toy()
     plain, x = Plain().load(state(finished / run)['model'].values()), held_out(dataset)
     pixels = torch.from_numpy(dataset.images(np.arange(144))) / 255
     with torch.no_grad():
@@ -380,14 +380,12 @@ def test_each_field_of_the_summary(run, finished):
     above = (np.linalg.eigvalsh(centred @ centred.T / 136) > dict(a=0.5, c=1.5)[run]).sum()
     information = metrics.mutual_information_gap(mu, factors, 20)[1]
     expected = dict(
-        steps=30, last_beta=dict(a=1, c=3)[run], reconstruction=recon, kl=kl.sum(),
+        steps=30, reconstruction=recon, kl=kl.sum(),
         kl_per_latent=kl, active_latents=(kl > 0.05).sum(), largest_mean=means[by_mean],
         linear_latents=min(3, above), mig=metrics.mutual_information_gap(mu, factors)[0],
         mig_samples=metrics.mutual_information_gap(z, factors)[0],
         dimension_wise_kl=metrics.elbo_decomposition(mu, logvar)['dimension_wise_kl'],
         largest_mean_standard_error=q.mean[:, by_mean].std(correction=0) / len(x) ** 0.5,
-        train_reconstruction=log['recon'][-1], train_kl=log['kl'][-1], seconds=log['seconds'][-1],
-        images_per_second=np.median(16 * 5 / np.diff(log['seconds'], prepend=0)),
         **{f'share of {name}': information[:, k].max() / math.log(size)
            for k, (name, size) in enumerate(dataset.factors.items())})
     for name, value in expected.items():
@@ -400,7 +398,7 @@ def test_each_field_of_the_summary(run, finished):
     assert (summary['top_latent'], summary['top_latent_by_mean']) == (names[top], names[by_mean])
     assert summary['dataset'] == dataset.identity() and not summary['collapsed']
     settings = read(finished, run, 'settings.json')
-    assert settings['beta'] == summary['last_beta'] and settings['batch'] == 16
+    assert settings['beta'] == dict(a=1, c=3)[run] and settings['batch'] == 16
     assert 'run' not in settings                                        # it may be moved
 
 
@@ -522,9 +520,6 @@ def test_a_run_cut_by_any_signal_equals_an_uncut_one_bit_for_bit(cuts, monkeypat
     shutil.copytree('a', 'ended')
     train(**options | dict(steps=13), run='ended')                      # ends where it stands
     assert read('ended/summary.json')['steps'] == 13
-    for moment in ('exp_avg', 'exp_avg_sq'):            # not laid out as the weights are
-        altered('a', lambda kept: [adam.update({moment: adam[moment].contiguous()})
-                                   for adam in kept['adam'].values()])
     capsys.readouterr()
     train(**options)
     assert 'resuming from step 13' in capsys.readouterr().out
@@ -579,25 +574,7 @@ FOREIGN = [
         lambda good: good.replace(good[9999:10009], b'0123456789'))],
     lambda good: altered('a', dict.clear),
     *[lambda good, entry=entry: altered('a', lambda kept: kept.update(entry)) for entry in (
-        dict(step=3.0), dict(step=-1), dict(step=10 ** 30), dict(step='3'), dict(seconds=math.nan),
-        dict(seconds=None), dict(beta='4'), dict(beta=math.nan), dict(log=[]),
-        dict(log=torch.zeros(2, 3)), dict(log=torch.zeros(1).expand(10 ** 10, 12)),
-        dict(frames={'x': torch.zeros(1)}), dict(frames={1: torch.zeros(8, 1, 64, 64)}),
-        dict(frames={1: torch.zeros(1, dtype=torch.uint8).expand(10 ** 9, 1, 64, 64)}),
-        dict(recent=torch.zeros(1)), dict(settings={}), dict(settings={'beta': 1.0}),
-        dict(settings={'beta': -1}), dict(settings={'help': True}), dict(settings=Evil()),
-        dict(dataset={}), dict(dataset={'shape': [5, 64, 64]}), dict(model={}), dict(adam={}),
-        dict(extra=1))],
-    *[lambda good, row=row: altered('a', lambda kept: spoil(kept, *row)) for row in (
-        ('posterior.bias', lambda t: t[:1]), ('posterior.bias', torch.Tensor.half),
-        ('posterior.bias', lambda t: t * math.nan), ('posterior.bias', torch.Tensor.tolist),
-        ('step', lambda t: t * math.nan), ('exp_avg', lambda t: t.flatten()[:1]),
-        ('exp_avg', lambda t: t / 0), ('exp_avg_sq', lambda t: -1 - t))]]
-
-
-def spoil(kept, name, change):
-    of = kept['model'] if name in kept['model'] else kept['adam'][0]
-    of[name] = change(of[name])
+        dict(settings={}), dict(settings={'beta': 1.0}), dict(settings=Evil()))]]
 
 
 @pytest.mark.parametrize('change', FOREIGN)
@@ -638,14 +615,13 @@ def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, ca
         patch.setattr(data.os, 'fsync', failing(OSError(28, 'No space left on device')))
         train(32)
     assert Path('a/checkpoint.pt').read_bytes() == before and not list(Path('a').glob('*.partial'))
-    for error, expected in {PermissionError(13, 'No', 'x'): 'No: x',
-                            MemoryError(): 'not enough memory',
-                            RuntimeError("can't allocate"): 'not enough memory'}.items():
+    for error, expected in {PermissionError(13, 'No', 'x'): "No: 'x'", MemoryError(): 'MemoryError',
+                            torch.OutOfMemoryError('out of\nmemory'): 'out of memory'}.items():
         with monkeypatch.context() as patch:
             patch.setattr(betavae, 'train', failing(error))
             assert main() == 1
         said = capsys.readouterr().err
-        assert expected in said and said.count('\n') == 1 and 'delete' not in said
+        assert expected in said and said.count('\n') == 1
     Path('file').write_text('')
     monkeypatch.setattr(data, 'load', lambda *_: toy())
     assert main('--run', 'file', '--batch', 16) == 1
@@ -656,7 +632,7 @@ def test_what_is_not_finite_stops_the_run_is_named_and_not_saved(trained, monkey
         return kl(mu, logvar) * torch.tensor([1, 1, math.nan])
     before = Path('a/checkpoint.pt').read_bytes()
     with monkeypatch.context() as patch, pytest.raises(
-            FloatingPointError, match='^the loss, the KL of z2 is not .* step 31; a/checkpoint.pt'):
+            FloatingPointError, match='^the loss before step 31 is not finite'):
         patch.setattr(betavae, 'kl_per_latent', spoilt)
         train(32)
     assert Path('a/checkpoint.pt').read_bytes() == before
@@ -668,7 +644,7 @@ def test_what_is_not_finite_stops_the_run_is_named_and_not_saved(trained, monkey
         (self.state[weights] | dict(weights=weights.data))[what].view(-1)[0] = math.inf
     monkeypatch.setattr(torch.optim.Adam, 'step', spoil)
     for what in ('weights', 'exp_avg', 'exp_avg_sq'):
-        with pytest.raises(FloatingPointError, match='(moment of Adam|held-out).*nothing was'):
+        with pytest.raises(FloatingPointError, match='(moment of Adam|held-out).* not finite'):
             train(1, run='new')
         assert not Path('new/checkpoint.pt').exists()
 
@@ -701,7 +677,7 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     for title, columns in shown.items():
         head, both, last = cells(f'out/{title}.md')
         assert head == ['run', 'seeds', *(name.replace('_', ' ') for name in columns)]
-        assert both[:2] == ['β 1, latents 3, batch 16, 30 steps', '2'] and last[1] == '1'
+        assert both[:2] == ['β 1, latents 3, batch 16, 30 steps', '0, 1'] and last[1] == '0'
         percent, near = (1, 6e-4) if title == 'comparison' else (100, 0.051)
         for name, cell, lone in zip(columns, both[2:], last[2:], strict=True):
             a, b, c = (run[name] for run in runs)
@@ -774,23 +750,20 @@ def test_runs_that_cannot_be_compared(trained, capsys, monkeypatch):
         assert error.startswith('betavae: ') and error.count('\n') == 1 and word in error, error
     refused('takes 2 to 3', 'a', '--pairs', 1, '--factors', 4)
     refused('no run has both', 'a', '--chart', 'beta:nothing')
-    refused('not a finished run', 'nowhere')
-    wrong = dict(settings=dict(seed=0, leak=0.1, device=1, precision=None, beta=None, crop=[],
-                               data=3),
-                 summary=dict(label=3, top_latent={}, steps='2', dataset=[], kl='x', weights=1))
-    entries = [(name, dict([entry])) for name in wrong for entry in wrong[name].items()]
-    more = dict(steps=1), dict(weights='others'), dict(seed='one')
-    for name, entry in [*entries, *(('summary', entry) for entry in more)]:
-        path, kept = Path(f'b/{name}.json'), read('b', f'{name}.json')
-        path.write_text(json.dumps(kept | entry))
-        of_two = 'seed' in entry or 'leak' in entry
-        refused(*('seed', 'a', 'b') if of_two else ('', 'b'))
-        path.write_text(json.dumps(kept))
+    refused('not the folder of a finished run', 'nowhere')
+    Path('b/settings.json').write_text(json.dumps(read('b/settings.json') | dict(precision='bf16')))
+    assert main('compare', 'a', 'b') == 0                               # not one row
+    label = 'β 1, latents 3, batch 16, 30 steps, '
+    assert [row[0] for row in cells('comparison.md')[1:]] == [label + 'fp32', label + 'bf16']
+    capsys.readouterr()
+    Path('b/scores.json').write_text('{"accuracy": ')
+    refused('cannot be read', 'b')
+    Path('b/scores.json').unlink()
+    Path('b/summary.json').write_text('{}')
+    refused('not the folder of a finished run', 'b')
+    shutil.copytree('c', 'b', dirs_exist_ok=True)
     shutil.copy('a/checkpoint.pt', 'b/checkpoint.pt')
     refused('without a summary', 'b')
-    for content in ('{"beta": ', '[1]', 'null', '3'):
-        Path('b/summary.json').write_text(content)
-        refused('cannot be read', 'b')
     monkeypatch.setattr(betavae, 'load_data', lambda *_: toy(flipped=True))
     refused('other images', 'a', '--pairs', '1')
     monkeypatch.setattr(betavae, 'load_data', data.load)
@@ -824,8 +797,7 @@ BAD_OPTIONS = """
     --precision fp8 | --tc --batch 1 | --tc --capacity 5 | --capacity nan | --capacity 5 --beta 2
     --capacity 5 --beta-from 1 --anneal 9 | --gamma 5 | surplus | score | compare
     compare nowhere | compare nowhere --pairs 0 | compare nowhere --pairs 1000001
-    compare nowhere --pairs x | compare nowhere --train 1 | compare nowhere --chart beta
-    --beta=-- | --data=--"""
+    compare nowhere --pairs x | compare nowhere --train 1 | compare nowhere --chart beta"""
 
 
 @pytest.mark.parametrize('words', re.split(r'\s*[|\n]\s*', BAD_OPTIONS.strip()))
