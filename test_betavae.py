@@ -963,22 +963,18 @@ def test_images_by_index_and_errors_that_say_what_was_expected():
 
 
 def test_a_data_set_that_contradicts_itself_or_its_draw_is_refused():
-    square, two = (1, 64, 64), {'a': 2}
-    for shape, factors, size, word in (
-            ((1, 32, 32), two, None, 'shape'), ((4, 64, 64), two, None, 'shape'),
-            (square, {}, None, 'integer'), (square, {'a': 2.5}, None, 'integer'),
-            (square, two, 3, 'make 3'), (square, {'a': 0}, None, 'make'), (square, {}, 0, 'make')):
-        with pytest.raises((ValueError, TypeError), match=word):
-            data.Dataset('own', shape, factors, numbered, size)
+    for shape in ((1, 32, 32), (4, 64, 64)):
+        with pytest.raises(ValueError, match='shape must be'):
+            data.Dataset('own', shape, {'a': 2}, numbered)
     for wrong in (lambda x: x.float(), lambda x: x[:1], lambda x: x.numpy(), lambda x: x[:, 0]):
-        own = data.Dataset('own', square, {'a': 9}, lambda index: wrong(numbered(index)))
+        own = data.Dataset('own', (1, 64, 64), {'a': 9}, lambda index: wrong(numbered(index)))
         with pytest.raises(TypeError, match=r'uint8 tensor of shape \(3, 1, 64, 64\)'):
             own.images([0, 1, 2])
 
 
 def test_identity_changes_with_all_that_matters():
     def identity(name='own', draw=numbered, **factors):
-        return data.Dataset(name, (1, 64, 64), factors or {'a': 20, 'b': 3}, draw).identity()
+        return data.Dataset(name, (1, 64, 64), factors or {'a': 20, 'b': np.int64(3)}, draw).identity()
     assert identity() == identity('moved') == json.loads(json.dumps(identity()))
     others = [identity(b=3, a=20), identity(a=60), identity(draw=lambda i: 255 - numbered(i)),
               identity(draw=lambda i: numbered(i) + (i == 59).byte().view(-1, 1, 1, 1))]
@@ -1019,21 +1015,19 @@ def test_drawn_dsprites_equal_all_737280_of_the_official_file_bit_for_bit():
 
 def test_the_official_file_loads_through_the_same_interface(monkeypatch):
     monkeypatch.setattr(data, 'DSPRITES', dict(data.DSPRITES, shape=1, scale=1, orientation=5))
-    drawn = data.load('dsprites').images(np.arange(5120))                       # more than a block
-    images = drawn[:, 0] // 255
-    np.savez_compressed('official.npz', imgs=images, metadata=np.array([None]))
+    drawn = data.load('dsprites').images(np.arange(5120))
+    np.savez_compressed('official.npz', imgs=drawn[:, 0] // 255, metadata=np.array([None]))
     official = data.load('official.npz')
     assert np.array_equal(official.images(np.arange(5120)), drawn)
     assert official.factor_sizes == (1, 1, 5, 32, 32)
     Path('cut.npz').write_bytes(Path('official.npz').read_bytes()[:3000])
     np.savez('other.npz', imgs=np.zeros((5, 64, 64), np.uint8))
-    np.savez('foreign.npz', x=np.zeros(3))
-    np.savez('fortran.npz', imgs=np.asfortranarray(images))
-    for name in ('cut.npz', 'other.npz', 'foreign.npz', 'fortran.npz'):
+    for name in ('cut.npz', 'other.npz', 'nowhere.npz'):
         with pytest.raises(data.UserError, match=f'{name} is not dSprites'):
             data.load(name)
-    with pytest.raises(data.UserError, match='--crop is for your own'):
-        data.load('official.npz', crop=64)
+    for name in ('official.npz', 'faces'):
+        with pytest.raises(data.UserError, match='--crop is for your own'):
+            data.load(name, crop=64)
 
 
 def test_the_faces_are_those_of_the_results():
