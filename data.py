@@ -19,9 +19,8 @@ import sys
 import textwrap
 import time
 import unicodedata
-import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +121,8 @@ def load(source, crop=None):
         dataset = drawn()
     elif official:
         dataset = dsprites(source)
-    elif os.path.isdir(source) or os.path.isfile(source) and zipfile.is_zipfile(source):
-        dataset = photographs(Path(source).resolve(), crop)
     else:
-        wrong = 'is not a complete .zip of images' if os.path.exists(source) else 'does not exist'
-        raise UserError(f'"{source}" {wrong}: '
-                        'give faces, dsprites, a folder, .zip or dSprites .npz')
+        dataset = photographs(Path(source).resolve(), crop)
     dataset.source = source if drawn else os.path.abspath(source)
     dataset.crop = crop
     return dataset
@@ -332,139 +327,89 @@ def faces():
 
 # Your own images ----------------------------------------------------------------------------------
 
-# The formats that are read, with their endings, and no others: some of Pillow's readers run
-# programs (EPS: Ghostscript), others open whatever a file contains (IPTC).
-FORMATS = {'BMP': '.bmp', 'GIF': '.gif', 'JPEG': '.jpg .jpeg', 'JPEG2000': '.jp2', 'PNG': '.png',
-           'PPM': '.pbm .pgm .ppm', 'TIFF': '.tif .tiff', 'WEBP': '.webp'}
+# What is read, and nothing else: some of Pillow's readers run programs (EPS: Ghostscript), others
+# open whatever a file contains (IPTC).
+FORMATS = 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP'
 
 
 def photographs(path, crop):
     """A folder (any depth) or .zip of images, (3, 64, 64), without factors. They are decoded once,
     into the folder betavae/ of $XDG_CACHE_HOME (if not set: ~/.cache)."""
-    names, read, key = open_folder(path) if path.is_dir() else open_zip(path)
+    if path.is_dir():
+        files = {str(file.relative_to(path)): (file.stat().st_size, file.stat().st_mtime)
+                 for file in path.rglob('*') if file.is_file()}
+        open_file = path.joinpath
+    else:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f'{path} is no folder and no .zip that can be read ({error}): give '
+                            'faces, dsprites, a folder, .zip or dSprites .npz') from None
+        files = {member.filename: (member.file_size, member.CRC) for member in archive.infolist()}
+        open_file = archive.open
+    names = sorted(filter(is_image, files))
     if not names:
-        raise UserError(f'{path} holds no images ({" ".join(FORMATS.values())})')
-    name = path.name if path.is_dir() else path.stem
-    key = hashlib.sha256(repr((key, crop, 'cache 2')).encode()).hexdigest()[:16]
-    try:
-        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache',
-                     'betavae', f'{name[:40]}-{key}.npy').absolute()
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        sweep(cache.parent)
-        try:
-            images = np.load(cache, mmap_mode='r')          # fails on a file that was cut short
-            size = len(images)
-            if (images.dtype, images.shape) != (np.uint8, (size, 64, 64, 3)):
-                raise ValueError
-        except (OSError, ValueError, TypeError, EOFError):
-            size = decode_all(path, names, read, crop, cache)
-    except (OSError, RuntimeError) as error:                # RuntimeError: there is no home
-        raise UserError(f'the cache cannot be written ({error}): set XDG_CACHE_HOME to another '
-                        'folder') from None
-    on_gpu = functools.cache(lambda device: torch.from_numpy(np.load(cache)).to(device))
-
-    def draw(index):
-        try:
-            if index.device.type == 'cpu':      # mapped anew: pages once touched stay in memory
-                images = torch.from_numpy(np.load(cache, mmap_mode='r')[index.numpy()])
-            else:
-                images = on_gpu(index.device)[index]                    # (n, 64, 64, 3)
-        except (OSError, ValueError, EOFError, IndexError) as error:
-            raise UserError(f'{cache} changed during use ({error}): start again') from None
-        return images.permute(0, 3, 1, 2)
-    return Dataset(name, (3, 64, 64), {}, draw, size)
+        raise UserError(f'{path} holds no images ({", ".join(FORMATS)})')
+    key = hashlib.sha256(repr((crop, [(name, files[name]) for name in names])).encode()).hexdigest()
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache',
+                 'betavae', f'{path.stem}-{key[:16]}.bytes')
+    if not cache.exists():
+        decode_all(names, open_file, crop, cache)
+    images = torch.from_numpy(np.memmap(cache, np.uint8, 'c')).view(-1, 3, 64, 64)
+    on_device = functools.cache(images.to)
+    return Dataset(path.stem, (3, 64, 64), {}, lambda index: on_device(index.device)[index],
+                   len(images))
 
 
 def is_image(name):
-    """Whether a path has one of the endings and no hidden part: macOS hides twins of images."""
-    return Path(name).suffix.lower() in ' '.join(FORMATS.values()).split() and not any(
-        part.startswith('.') or part == '__MACOSX' for part in Path(name).parts)
+    """Whether a path within a source ends like an image's, and is not hidden: macOS hides twins."""
+    hidden = any(part.startswith(('.', '__MACOSX')) for part in Path(name).parts)
+    return not hidden and Image.registered_extensions().get(Path(name).suffix.lower()) in FORMATS
 
 
-def open_folder(path):
-    """The images below a folder: sorted paths, a function path → bytes, and a key to all that."""
-    def refuse(error):
-        raise UserError(f'{error.filename} cannot be read ({error.strerror}): make it readable, or '
-                        'move it')
-    names = []
-    for folder, folders, files in os.walk(path, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        names += [os.path.join(folder, name) for name in files if is_image(name)]
-    names = sorted(filter(os.path.isfile, names))                       # no pipe, no device
-    key = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, map(os.stat, names))]
-    return names, lambda name: Path(name).read_bytes(), key
-
-
-def open_zip(path):
-    """The images in a .zip, as open_folder. Of two with one name the last counts, as in unzip."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except Exception as error:          # also of a newer version, or names that are not UTF-8
-        raise UserError(f'{path} is not a .zip that can be read ({error})') from None
-    members = {m.filename: m for m in archive.infolist() if is_image(m.filename)}
-    if any(m.flag_bits & 1 for m in members.values()):
-        raise UserError(f'{path} is encrypted: unpack it and give the folder')
-    key = sorted((m.filename, m.file_size, m.CRC) for m in members.values())
-    return sorted(members), lambda name: archive.read(members[name]), key
-
-
-def decode(data, crop, name=''):
-    """The bytes of an image file → uint8 (64, 64, 3): upright, on white where transparent, the
-    centred square, resized. Raises UserError for one that is smaller than `crop`."""
-    with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
-        tags = getattr(image, 'tag_v2', {})                             # of a TIFF
-        if image.mode == 'F' or tags and (image.mode == 'I' or 12 in tags.get(258, ())):
-            raise ValueError('neither 8 nor 16 bits per channel: black and white are unknown')
+def decode(file):
+    """An image file, or its path → an upright RGB image, on white where it was transparent."""
+    with Image.open(file, formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode == 'F':
+            raise ValueError('pixels that are not integers: which of them is white?')
         if image.mode.startswith('I'):                                  # Pillow would clip 16 bits
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        image = image.convert('RGB')
-    side = crop or min(image.size)
-    if side > min(image.size):
-        raise UserError(f'{name} is {image.width} × {image.height}, smaller than --crop {crop}')
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = left, top, left + side, top + side
-    return np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS, box=square))
+        return image.convert('RGB')
 
 
-def decode_all(path, names, read, crop, cache):
-    """Decode the images, on all cores, into `cache`: how many. One in 100 may be unreadable."""
+def decode_all(names, open_file, crop, cache):
+    """Centred squares of images → a file of bytes, (n, 3, 64, 64). One in 100 may be unreadable."""
+    bad = []
+
     def attempt(name):
         try:
-            return decode(read(name), crop, f'{path}: {name}')
-        except UserError:
-            raise
-        except Exception as error:      # whatever decoders, zlib or the file system raise for it
-            reason = str(error).partition('<')[0].strip()                       # <_io.BytesIO …
-            return f'{name} ({reason or type(error).__name__})'
+            image = decode(open_file(name))
+        except Exception as error:                                      # each decoder has its own
+            bad.append(f'{name}: {error}')
+            return b''
+        side = crop or min(image.size)
+        if side > min(image.size):
+            raise UserError(f'{name} is {image.width} × {image.height}, smaller than --crop {crop}')
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = left, top, left + side, top + side
+        image = image.resize((64, 64), Image.Resampling.LANCZOS, square)
+        return np.asarray(image).transpose(2, 0, 1).tobytes()                       # (3, 64, 64)
 
-    need, free = len(names) * 64 * 64 * 3, shutil.disk_usage(cache.parent).free
-    if need > free:
-        raise OSError(f'no room: {cache.parent} needs {need >> 20} MB and has {free >> 20}')
-    bad = []
-    start = time.monotonic()
-    with replacing(cache) as file, ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        file.seek(128)                                                          # NumPy's header
-        for first in range(0, len(names), 4096):
-            images = list(pool.map(attempt, names[first:first + 4096]))
-            bad += [image for image in images if isinstance(image, str)]
+    progress = Progress(len(names))
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(cache) as file, ThreadPool() as pool:
+        for done, image in enumerate(pool.imap(attempt, names), 1):
+            file.write(image)
             if len(bad) > len(names) / 100:
-                raise UserError(f'{path}: more than 1 % of the images cannot be read: {bad[0]}')
-            file.writelines(image for image in images if not isinstance(image, str))
-            done = first + len(images)
-            left = (time.monotonic() - start) * (len(names) / done - 1)
-            say(f'{path}: {done - len(bad):,} of {len(names):,} images decoded, {left:.0f} s',
-                file=sys.stderr)
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, dict(
-            shape=(len(names) - len(bad), 64, 64, 3), fortran_order=False, descr='|u1'))
-    for image in bad[:3]:
-        say(f'skipped {path}: {image}', file=sys.stderr)
-    return len(names) - len(bad)
+                raise UserError(f'more than 1 % of the images cannot be read: {bad[0]}')
+            if progress.due(done):
+                progress.show(done, f'{done:,} of {len(names):,} images decoded')
+    for reason in bad[:3]:
+        say(f'skipped {reason}', file=sys.stderr)
 
 
 # Files and progress -------------------------------------------------------------------------------
