@@ -10,7 +10,6 @@ Nothing is downloaded: dSprites (Matthey et al. 2017) and the faces are drawn by
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -354,7 +353,8 @@ def photographs(path, crop):
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache',
                  'betavae', f'{path.stem}-{key[:16]}.bytes')
     if not cache.exists():
-        decode_all(names, open_file, crop, cache)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write(cache, lambda file: decode_all(names, open_file, crop, file))
     images = torch.from_numpy(np.memmap(cache, np.uint8, 'c')).view(-1, 3, 64, 64)
     on_device = functools.cache(images.to)
     return Dataset(path.stem, (3, 64, 64), {}, lambda index: on_device(index.device)[index],
@@ -381,8 +381,8 @@ def decode(file):
         return image.convert('RGB')
 
 
-def decode_all(names, open_file, crop, cache):
-    """Centred squares of images → a file of bytes, (n, 3, 64, 64). One in 100 may be unreadable."""
+def decode_all(names, open_file, crop, file):
+    """Write the images' centred squares, (n, 3, 64, 64) bytes. One in 100 may be unreadable."""
     bad = []
 
     def attempt(name):
@@ -400,8 +400,7 @@ def decode_all(names, open_file, crop, cache):
         return np.asarray(image).transpose(2, 0, 1).tobytes()                       # (3, 64, 64)
 
     progress = Progress(len(names))
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(cache) as file, ThreadPool() as pool:
+    with ThreadPool() as pool:
         for done, image in enumerate(pool.imap(attempt, names), 1):
             file.write(image)
             if len(bad) > len(names) / 100:
@@ -414,15 +413,18 @@ def decode_all(names, open_file, crop, cache):
 
 # Files and progress -------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def replacing(path):
-    """A file that takes the place of `path` once it is complete. Raises OSError naming `path`."""
+def write(path, content):
+    """Replace a file, all at once, by bytes or by what the function `content` writes to it. Raises
+    OSError naming `path`."""
     path = Path(path)
     sweep(path.parent)
     partial = path.with_name(f'{path.name}.{os.urandom(4).hex()}.partial')      # nobody else's
     try:
-        with open(partial, 'xb') as file:                                       # x: follows no link
-            yield file
+        with open(partial, 'wb') as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -441,16 +443,6 @@ def sweep(folder, age=3600):
                 partial.unlink()
 
 
-def write(path, content):
-    """Replace a file atomically by bytes, or by what the function `content` writes to a buffer."""
-    if callable(content):
-        buffer = io.BytesIO()           # so that a full disk is an OSError, whatever writes
-        content(buffer)
-        content = buffer.getvalue()
-    with replacing(path) as file:
-        file.write(content)
-
-
 def write_table(path, rows):
     """Rows of strings, the first of them the header → a Markdown table, which is printed too."""
     rows = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
@@ -461,15 +453,14 @@ def write_table(path, rows):
 
 
 def say(text, end='\n', file=None):
-    """Print at once, to standard output unless `file` is given; if it is closed or full, drop this
-    and all that follows: what cannot be printed is no reason to lose a run."""
-    file = file or sys.stdout           # None where it was closed from the start
-    encoding = getattr(file, 'encoding', None) or 'utf-8'
+    """Print at once, to standard output unless `file` is given. What cannot be printed is no reason
+    to lose a run: letters that the terminal lacks become ?, a closed pipe swallows the rest."""
+    file = file or sys.stdout or open(os.devnull, 'w')
+    encoding = file.encoding or 'utf-8'
     try:
         print(text.encode(encoding, 'replace').decode(encoding), end=end, file=file, flush=True)
-    except (OSError, ValueError):       # ValueError: closed since
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, 'wb') as nowhere:
-            os.dup2(nowhere.fileno(), file.fileno())        # or the flush at exit would fail
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())        # or the flush at exit fails
 
 
 def on_terminal():
@@ -486,16 +477,17 @@ class Progress:
         self.marks = [(time.monotonic(), done)]
 
     def due(self, done):
+        pause = 0.5 if on_terminal() else 10
         return len(self.marks) == 1 or done == self.total or (
-            time.monotonic() - self.marks[-1][0] > (0.5 if on_terminal() else 10))
+            time.monotonic() > self.marks[-1][0] + pause)
 
     def show(self, done, line):
-        self.marks.append((time.monotonic(), done))
-        while self.marks[-1][0] - self.marks[0][0] > 60 and len(self.marks) > 2:
-            self.marks.pop(0)
+        now = time.monotonic()
+        self.marks = [mark for mark in self.marks if now - mark[0] < 60] or self.marks[-1:]
         start, first = self.marks[0]
-        speed = (done - first) / max(self.marks[-1][0] - start, 1e-9)
-        left = (self.total - done) / max(speed, 1e-9)
+        self.marks.append((now, done))
+        speed = (done - first + 1e-9) / (now - start + 1e-9)
+        left = (self.total - done) / speed
         left = (f'{left / 3600:.1f} h' if left > 5400 else
                 f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s')
         line = f'{line}  {left} left  {speed * self.size:,.0f} images/s'

@@ -1168,9 +1168,12 @@ def test_one_bad_image_in_a_hundred_is_skipped_and_three_are_named(capsys):
 # Files and progress -------------------------------------------------------------------------------
 
 def test_write_replaces_a_file_whatever_happens(monkeypatch):
-    path = Path('a [b] **.txt')
+    path, sizes = Path('a [b] **.txt'), []
     data.write(path, b'old')
-    data.write(path, lambda file: file.write(b'new'))
+    with monkeypatch.context() as patch:                # all is on the disk before it is in place
+        patch.setattr(data.os, 'fsync', lambda file: sizes.append(os.fstat(file).st_size))
+        data.write(path, lambda file: data.write(path, b'another') or file.write(b'new'))
+    assert sizes == [7, 3]
     for what, error in (('fsync', KeyboardInterrupt), ('fsync', OSError(28, 'No space left')),
                         ('replace', OSError(13, 'Permission denied'))):
         def fail(*_):
@@ -1180,15 +1183,12 @@ def test_write_replaces_a_file_whatever_happens(monkeypatch):
             data.write(path, b'lost')
         assert getattr(caught.value, 'filename', str(path)) == str(path)
         assert path.read_bytes() == b'new' and list(Path().iterdir()) == [path]
-    with pytest.raises(FileNotFoundError) as caught:
-        data.write('nowhere/a', b'')
-    assert caught.value.filename == 'nowhere/a'
-    monkeypatch.setattr(data.os, 'urandom', lambda n: b'\0' * n)        # as if it were guessed
-    Path('other').write_text('precious')
-    Path('a [b] **.txt.00000000.partial').symlink_to('other')
-    with pytest.raises(FileExistsError):
-        data.write(path, b'evil')
-    assert Path('other').read_text() == 'precious' and path.read_bytes() == b'new'
+    for letter, age in ('a', 0), ('b', 7200):           # of a live process, and of one long dead
+        Path(f'x.{letter * 8}.partial').touch()
+        os.utime(f'x.{letter * 8}.partial', (0, time.time() - age))
+    Path('x.cccccccc.partial').symlink_to('nowhere')    # as if another process removed it just now
+    data.write(path, b'')
+    assert {file.name[:3] for file in Path().iterdir()} == {'a [', 'x.a', 'x.c'}
 
 
 @pytest.mark.parametrize('shell, printed', [
@@ -1206,11 +1206,14 @@ for k in range(2):
     data.say(f"β {k}")
     data.say(" ", file=sys.stderr, end="")
     assert not data.on_terminal()
-    time.sleep(0.05)
+    time.sleep(0.3)
+with open("said", "w") as file:
+    data.say("at once", file=file)
+    assert open("said").read().split() == ["at", "once"]
 data.write("end", b"")
 '''
     command = ['bash', '-o', 'pipefail', '-c', shell, '-', sys.executable, '-c', program, HERE]
-    ascii_only = dict(os.environ, PYTHONIOENCODING='ascii')
+    ascii_only = dict(os.environ, PYTHONIOENCODING='ascii', PYTHONUNBUFFERED='')
     result = subprocess.run(command, env=ascii_only, capture_output=True)
     assert (result.returncode, Path('end').exists(), result.stderr.strip()) == (0, True, b'')
     assert result.stdout.replace(b' ', b'') == printed.replace(b' ', b'')
@@ -1221,20 +1224,24 @@ def test_progress_tells_the_time_left_by_the_last_minute(monkeypatch, capsys):
     monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
     progress = data.Progress(1000, done=100, size=64)
     assert progress.due(101)                                            # after the first step
-    for now, done in ((1, 101), (20, 120), (39, 139), (58, 158), (97, 162), (136, 166)):
+    for now, done in ((1, 101), (20, 120), (39, 139), (58, 158), (97, 162), (236, 166)):
         clock[0] = now
         assert progress.due(done)
         progress.show(done, f'step {done}')
+        clock[0] += 9
         assert not progress.due(done + 1) and progress.due(1000)        # not so soon, but the end
     told = capsys.readouterr().out.splitlines()
     assert told[1] == 'step 120  15 min left  64 images/s'              # 1 step a second
-    assert told[-1] == 'step 166  2.3 h left  7 images/s'               # slowed to 4 in 39 seconds
+    assert told[-2:] == ['step 162  35 min left  25 images/s',          # slowed to 23 in 58 seconds
+                         'step 166  8.1 h left  2 images/s']            # and to 4 in 139
     monkeypatch.setattr(data, 'on_terminal', lambda: True)
-    clock[0] += 0.6
+    clock[0] = 236.6
     assert progress.due(170)                                            # twice a second
     progress.show(170, 'x' * 500)
     out = capsys.readouterr().out
     assert out.startswith('\rxxx') and out.endswith('\x1b[K') and len(out) < 200
+    progress.show(1000, 'the end')
+    assert capsys.readouterr().out.endswith('\n')
 
 
 # Pictures -----------------------------------------------------------------------------------------
