@@ -394,9 +394,8 @@ def decode_all(names, open_file, crop, file):
         side = crop or min(image.size)
         if side > min(image.size):
             raise UserError(f'{name} is {image.width} × {image.height}, smaller than --crop {crop}')
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = left, top, left + side, top + side
-        image = image.resize((64, 64), Image.Resampling.LANCZOS, square)
+        x, y = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((64, 64), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
         return np.asarray(image).transpose(2, 0, 1).tobytes()                       # (3, 64, 64)
 
     progress = Progress(len(names))
@@ -531,9 +530,9 @@ font = functools.cache(ImageFont.load_default)
 
 
 def latin(text, most=1000):
-    """Text for Pillow's own font, without Greek or accents, in lines of `most` letters."""
-    text = unicodedata.normalize('NFKD', one_line(text).translate(LATIN))
-    return textwrap.fill(''.join(c for c in text if not unicodedata.combining(c)), most)
+    """Text for Pillow's own font, which has ASCII alone, in lines of `most` letters."""
+    text = unicodedata.normalize('NFKD', text.translate(LATIN))     # é → e and an accent
+    return textwrap.fill(text.encode('ascii', 'ignore').decode(), most)
 
 
 def width_of(text, size):
@@ -569,42 +568,34 @@ def sheet(images, labels=(), title='', notes=(), scale=None):
     return picture
 
 
-def ticks(low, high, log, most):
-    """Round numbers on an axis: [(position, label)], 1, 2 or 5 times a power of ten apart. With
-    `log`, low, high and positions are decimal logarithms, of powers or of 1, 2, 5 times these."""
-    if log:
-        parts = (1, 2, 5) if high - low < most / 2 else (1,)
-        powers = range(-300, 301, math.ceil((high - low) / most))
-        marks = [(k + math.log10(part), part * 10.0 ** k) for k in powers for part in parts]
-    else:
-        step = 10.0 ** math.floor(math.log10((high - low) / most))
-        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
-        steps = range(math.ceil(low / step), math.floor(high / step) + 1)
-        marks = [(k * step, k * step) for k in steps]
-    return [(at, f'{value:,.7g}') for at, value in marks if low <= at <= high]
+def axis(values, start, end, log=False):
+    """An axis between two pixels with room for `values`: a function from values to pixels, NaN for
+    what has no place there, and its ticks [(pixel, label)], round numbers."""
+    def scaled(v):
+        v = np.where(np.isfinite(v), v, np.nan)
+        return np.log10(np.where(v > 0, v, np.nan)) if log else v
 
-
-def axis(values, start, end, log=False, limits=None):
-    """An axis between two pixels for `values`, or for `limits` (low, high): a function from values
-    to pixels, NaN for what has no place there, and its ticks [(pixel, label)]."""
-    def position(v):
-        v = np.asarray(v, float)
-        v = np.where((np.abs(v) < 1e300) & (v > 1e-300 if log else True), v, np.nan)
-        return np.log10(v) if log else v
-
-    def pixel(position):
-        return np.clip(start + (position - low) / (high - low) * (end - start), -9999, 9999)
-    shown = position(values if limits is None else limits)
+    def pixel(v):
+        return start + (scaled(v) - low) / (high - low) * (end - start)
+    shown = scaled(values)
     shown = shown[np.isfinite(shown)]
     low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
     if log:                                                     # at least a decade
         low, high = min(low, (low + high - 1) / 2), max(high, (low + high + 1) / 2)
-    elif high - low <= 1e-9 * max(abs(low), abs(high), 1e-200):             # one value: with 0
+    elif math.isclose(low, high):                               # one value: with 0
         low, high = min(low, 0.0), max(high, 0.0)
-    room = 0.04 * (high - low) if high - low > 1e-200 else 1.0
+    room = 0.04 * (high - low) or 1.0
     low, high = low - room, high + room
-    marks = ticks(low, high, log, most=max(2, abs(end - start) // (34 if end < start else 48)))
-    return lambda v: pixel(position(v)), [(pixel(at), label) for at, label in marks]
+    most = max(2, abs(end - start) // (34 if end < start else 48))
+    least = (high - low) / most                                 # from one tick to the next
+    if log:
+        parts = (1, 2, 5) if least < 0.5 else (1,)
+        ticks = [part * 10.0 ** k for k in range(-60, 61, math.ceil(least)) for part in parts]
+    else:
+        steps = [part * 10.0 ** k for k in range(-30, 31) for part in (1, 2, 5)]
+        step = next(step for step in steps if step >= least)
+        ticks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return pixel, [(pixel(t), f'{t:,.7g}') for t in ticks if low <= scaled(t) <= high]
 
 
 def chart(panels, size=(460, 320)):
@@ -640,7 +631,7 @@ def draw_panel(panel, width, height, colours):
     top, bottom, right = 50, height - 42, width - 16
     xs = np.concatenate([[], *(x for x, *_ in series.values())])
     ys = np.concatenate([[], *(y for _, *rest in series.values() for y in rest), [*lines.values()]])
-    y_at, y_ticks = axis(ys, bottom, top, panel.get('log_y'), panel.get('limits'))
+    y_at, y_ticks = axis(panel.get('limits', ys), bottom, top, panel.get('log_y'))
     left = 22 + max((width_of(label, 12) for _, label in y_ticks), default=0)
     x_at, x_ticks = axis(xs, left, right, panel.get('log_x'))
     picture = Image.new('RGB', (width, height), 'white')
@@ -682,9 +673,7 @@ def draw_panel(panel, width, height, colours):
 
 
 def save_picture(path, picture):
-    """Write a picture, .png or .jpg by its ending, reduced to the width of a page."""
-    size = min(PAGE, picture.width), picture.height
-    picture = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
+    """Write a picture, .png or .jpg by its ending."""
     form = 'PNG' if str(path).endswith('.png') else 'JPEG'          # which alone has a quality
     write(path, lambda file: picture.save(file, form, quality=90, subsampling=0))
 

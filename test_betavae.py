@@ -1262,12 +1262,14 @@ def test_a_sheet_shows_every_image_in_its_place():
     grey = np.asarray(data.sheet(images[:, :, :1], scale=1))
     assert (grey[1:65, 1:65] == images[0, 0, 0, :, :, None]).all()
     labels = ['β', 'two\nlines ' * 9]
-    full = data.sheet(images, labels, 'title ' * 40, ['a note', '\udc80'], scale=1)
+    full = data.sheet(images, labels, 'title ' * 40, ['a note', 'é'], scale=1)
     body = np.asarray(full)[:, -3 * 66:]                        # labels stand left of the images …
     top = next(y for y in range(full.height) if np.array_equal(body[y:y + 132], np.asarray(plain)))
     assert 40 < top < full.height - 132 - 30                    # … title above, notes below
     assert (np.asarray(full)[top:top + 66, :-3 * 66] < 100).any()
     assert data.sheet(images).width == 3 * 130                  # twice as large, if that fits
+    assert data.sheet(images[:, :1], title='title ' * 8).width > 200            # one column is 130
+    assert data.latin('é → β') == 'e to beta'
     assert data.sheet(np.tile(images, (1, 8, 1, 1, 1))).width <= 900
 
 
@@ -1291,9 +1293,9 @@ def test_a_chart_shows_its_points_where_its_axes_say(log, decades, labels):
     away = np.abs(found[:, None] - expected).max(2)                         # (pixels, markers)
     middles = [found[away[:, k] < 5].mean(0) for k in range(4)]
     assert (away.min(1) < 5).all() and np.abs(middles - expected).max() < 1
+    assert ((away < 5).sum(0) > 9).all()                                    # large enough to see
     at, ticks = data.axis([0, 10], 100, 316)                            # 4 % of room at each end
     assert at([0, 10]) == pytest.approx([108, 308]) and ticks[0] == (pytest.approx(108), '0')
-    assert data.axis([3], 0, 216, limits=(0, 10))[0](10) == pytest.approx(208)
 
 
 def test_a_chart_joins_lines_leaves_gaps_and_has_bars_and_a_legend():
@@ -1304,15 +1306,22 @@ def test_a_chart_joins_lines_leaves_gaps_and_has_bars_and_a_legend():
     plot = picture.crop((0, 0, 400, 298))
     columns = np.unique(pixels_of(plot, blue)[:, 0])
     assert (np.diff(columns) > 60).sum() == 1 and len(columns) > 100        # one gap, else joined
+    assert 4 <= np.ptp(pixels_of(plot, blue)[:, 1]) < 8                     # markers on a line
     bar = pixels_of(plot, orange, 60)
     assert np.ptp(bar[:, 1]) == pytest.approx(2 * 208 / 10.8, abs=2)             # from 1 to 3
     assert len(pixels_of(picture.crop((0, 300, 400, picture.height)), blue))     # the legend
-    alone = data.chart([dict(panel, series={'': ([0, 1], [1, 9])})], (400, 300))
+    alone = data.chart([dict(panel, series={'': (range(99), [5] * 98 + [50])})], (400, 300))
     assert alone.height == 300 and not len(pixels_of(alone, blue))
-    lined = data.chart([dict(panel, series={}, lines={'β/2': 5, 'far': 50})], (400, 300))
-    assert (np.bincount(pixels_of(lined, data.GREY)[:, 1]) > 300).sum() == 1
-    long = data.chart([dict(panel, series={}, lines={'β/2 ' * 30: 5})], (400, 300))
-    assert len(pixels_of(long.crop((60, 140, 380, 153)), data.GREY, 60)) == 0   # no room for it
+    inked = pixels_of(alone.crop((50, 0, 380, 260)), data.INK)[:, 1]
+    assert inked[inked > 30].min() == 50 and 0 < (np.bincount(inked) > 99).sum() < 4      # thin
+    lines = {'low': 1, 'β/2': 5, 'too': 5, 'far': 50, 'β/2 ' * 30: 8}                   # 8: no room
+    lined = data.chart([dict(panel, series={}, lines=lines)], (400, 300))
+    y_at, _ = data.axis((0, 10), 258, 50)
+    texts = [pixels_of(lined.crop((60, y - 13, 384, y - 1)), data.GREY, 90)
+             for y in y_at([1, 5, 8]).astype(int)]
+    assert (np.bincount(pixels_of(lined, data.GREY)[:, 1]) > 300).sum() == 3
+    assert 10 < np.ptp(texts[0][:, 0]) < 25 and 40 < np.ptp(texts[1][:, 0]) < 75
+    assert abs(texts[0][:, 0].max() - texts[1][:, 0].max()) < 3 and not len(texts[2])
     assert data.chart([panel] * 3).width == 900 and data.chart([panel], (640, 300)).width == 640
 
 
@@ -1327,35 +1336,34 @@ def test_four_panels_are_two_and_two_above_the_legend():
 
 
 @pytest.mark.parametrize('ys', [
-    [10, 10], [0, 0], [5e-324] * 2, [1e12, -1e12], [1e308, -1e308], [math.inf, 1], [math.nan] * 2,
-    [], [1e-320, 1e300], [-3, 5], [586.2], [1, 1 + 1e-15], [-7, -7]])
+    [10, 10], [0, 0], [math.inf, 1], [math.nan] * 2, [], [-3, 5], [-7, -7], [1e-9, 1e9]])
 @pytest.mark.parametrize('log', [False, True])
-def test_no_number_breaks_a_chart(ys, log):
+@pytest.mark.filterwarnings('error')
+def test_no_usual_number_breaks_a_chart(ys, log):
     data.chart([dict(title='β', x='é', y='y', log_x=log, log_y=log, lines={'l': y for y in ys[:1]},
                      series={'a': (ys, ys), '': ([], [])})])
     at, ticks = data.axis(ys, 0, 210, log)
     if ys == [10, 10]:                                  # a constant, beside 0 or within a decade
         assert [label for _, label in ticks] == (['5', '10', '20'] if log else ['0', '5', '10'])
-    assert all(0 <= place <= 210 for place, _ in ticks) and len(ticks) >= 2
+    assert all(0 <= place <= 210 for place, _ in ticks) and 2 <= len(ticks) <= 6
 
 
 def test_pictures_are_saved_as_their_names_say():
-    images = data.load('faces').images(np.random.default_rng(0).integers(10 ** 9, size=40))
-    wide = data.sheet(images.reshape(2, 20, 3, 64, 64), scale=1)
-    noise = np.random.default_rng(0).integers(256, size=(2, 12, 3, 64, 64), dtype=np.uint8)
-    data.save_picture('noise.jpg', data.sheet(noise, scale=1))                  # fills any buffer
-    for name, form in (('a.png', 'PNG'), ('a.jpg', 'JPEG')):
-        data.save_picture(name, wide)
-        assert Image.open(name).format == form and Image.open(name).size == (900, 132 * 900 // 1320)
-    assert Image.open('a.jpg').layer[0][1:3] == (1, 1) == Image.open('a.jpg').layer[1][1:3]
+    images = data.load('faces').images(np.random.default_rng(0).integers(10 ** 9, size=15))
     pictures = [data.sheet(images[k:k + 6].reshape(2, 3, 3, 64, 64), scale=1) for k in range(9)]
+    for name, form in (('a.png', 'PNG'), ('a.jpg', 'JPEG')):
+        data.save_picture(name, pictures[0])
+        away = np.asarray(Image.open(name)).astype(float) - np.asarray(pictures[0])
+        assert Image.open(name).format == form and np.sqrt((away ** 2).mean()) < 4
+    assert Image.open('a.jpg').layer[0][1:3] == (1, 1) == Image.open('a.jpg').layer[1][1:3]
     data.save_gif('a.gif', pictures, 90)
     with Image.open('a.gif') as gif:
         assert gif.n_frames == 9 and gif.info['duration'] == 90 and gif.info['loop'] == 0
         for k, picture in enumerate(pictures):
             gif.seek(k)
             error = np.asarray(gif.convert('RGB')).astype(float) - np.asarray(picture)
-            assert np.sqrt((error ** 2).mean()) < 6, k          # of 255: every frame in its colours
+            assert np.sqrt((error ** 2).mean()) < 3.2, k        # of 255: every frame in its colours
+    assert Path('a.gif').stat().st_size < 105000                                # not dithered
 
 
 # The metrics --------------------------------------------------------------------------------------
