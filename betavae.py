@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -350,7 +351,9 @@ class Run:
             step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
             frames=self.frames, settings=settings, dataset=self.dataset.identity(),
             model=dict(weights), adam=adam)
-        data.write(self.folder / 'checkpoint.pt', lambda file: torch.save(state, file))
+        content = io.BytesIO()              # on a full disk torch would not raise OSError
+        torch.save(state, content)
+        data.write(self.folder / 'checkpoint.pt', content.getvalue())
         data.write_json(self.folder / 'settings.json', settings | dict(
             python=sys.version.split()[0], torch=torch.__version__))
         data.write(self.folder / 'log.csv', lambda file: np.savetxt(

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 import sys
@@ -54,11 +55,11 @@ class Dataset:
     def __init__(self, name, shape, factors, draw, size=None):
         self.name = name
         self.shape = tuple(shape)
-        self.factors = {factor: int(n) for factor, n in factors.items()}
+        self.factors = {factor: operator.index(n) for factor, n in factors.items()}
         self.factor_names = tuple(self.factors)
         self.factor_sizes = tuple(self.factors.values())
         self.draw = draw
-        self.size = math.prod(self.factor_sizes) if factors else int(size)
+        self.size = math.prod(self.factor_sizes) if factors else operator.index(size)
         self.train_size = self.size - math.ceil(self.size / HELD_OUT_EVERY)
         if self.shape not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f'shape must be (1, 64, 64) or (3, 64, 64), not {self.shape}')
@@ -523,7 +524,7 @@ PAGE = 900              # pixels: pictures are no wider
 FINER = 4               # the data of a chart are drawn so many times larger, for smooth lines
 INK, GREY, PALE = '#222222', '#777777', '#e8e8e8'
 COLOURS = ('#2a6fb0', '#e0802c', '#3a9a58', '#c8413c', '#8660b0', '#8a6248', '#d873ac', '#26a3b4',
-           '#a5a32a', '#5c5c5c')
+           '#a5a32a', '#5c5c5c', '#1f3a6b', '#f0b46e', '#8fd0a0', '#7a1f2b')
 LATIN = str.maketrans({'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'λ': 'lambda', 'μ': 'mu',
                        'σ': 'sigma', '→': 'to', '≤': '<=', '≥': '>=', '−': '-', '–': '-', '×': 'x'})
 font = functools.cache(ImageFont.load_default)
