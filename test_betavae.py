@@ -754,6 +754,10 @@ def test_runs_that_cannot_be_compared(trained, capsys, monkeypatch):
     refused('takes 2 to 3', 'a', '--pairs', 1, '--factors', 4)
     refused('no run has both', 'a', '--chart', 'beta:nothing')
     refused('not the folder of a finished run', 'nowhere')
+    Path('d').mkdir()
+    shutil.copy('a/settings.json', 'd')
+    Path('d/summary.json').write_text(json.dumps(read('a/summary.json') | dict(dataset={})))
+    refused('more than one data set', 'a', 'd')
     Path('b/settings.json').write_text(json.dumps(read('b/settings.json') | dict(precision='bf16')))
     assert main('compare', 'a', 'b') == 0                               # not one row
     label = 'β 1, latents 3, batch 16, 30 steps, '
