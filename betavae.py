@@ -323,15 +323,12 @@ class Run:
 
     def means(self):
         """Loss, reconstruction and KL_j since the last row: 2 + J floats."""
-        means = self.recent[:(self.step - 1) % ROW + 1].mean(0)
-        require_finite(f'the loss before step {self.step:,}', means)
-        return means.tolist()
+        return self.recent[:(self.step - 1) % ROW + 1].mean(0).tolist()
 
     def add_row(self):
         loss, recon, *kl = self.means()
-        held_out = evaluate(self.model, self.held_out[:125], self.beta, self.terms)
-        require_finite(f'the held-out loss at step {self.step:,}', held_out)
-        held_loss, held_recon, *held_kl = held_out.tolist()
+        held_loss, held_recon, *held_kl = evaluate(
+            self.model, self.held_out[:125], self.beta, self.terms).tolist()
         self.log.append([self.step, self.beta, loss, recon, sum(kl), *kl,
                          held_loss, held_recon, sum(held_kl), self.seconds])
 
@@ -339,11 +336,15 @@ class Run:
         self.frames[self.step] = means_of(self.model, codes_of(self.model, self.held_out[:8])[0])
 
     def save(self):
+        """checkpoint.pt, and with it the log. FloatingPointError where training has diverged."""
         weights = self.model.state_dict()
         adam = self.optimiser.state_dict()['state']
-        moments = itertools.chain.from_iterable(moment.values() for moment in adam.values())
-        require_finite(f'a loss, a weight or a moment of Adam at step {self.step:,}',
-                       self.recent, *weights.values(), *moments)
+        tensors = itertools.chain(weights.values(), *(moments.values() for moments in adam.values()))
+        if not all(t.isfinite().all() for t in tensors):
+            raise FloatingPointError(
+                f'training diverged before step {self.step:,}: a weight or a moment of Adam is not '
+                f'finite. {self.folder} keeps what was saved before. Try a smaller --lr or --beta, '
+                'or --warmup 1000')
         settings = {name: x for name, x in vars(self.settings).items() if name != 'run'}  # may move
         names = columns(self.settings.latents)
         log = torch.tensor(self.log, dtype=torch.float64).view(-1, len(names))
@@ -405,13 +406,6 @@ def refuse_other(state, settings, dataset):
     if differ:
         raise UserError(f'{settings.run} cannot be resumed like this: {"; ".join(differ)}. '
                         'Choose another --run, or delete it')
-
-
-def require_finite(name, *tensors):
-    """Raises FloatingPointError before anything that is not finite is logged or saved."""
-    if not all(t.isfinite().all() for t in tensors):
-        raise FloatingPointError(f'{name} is not finite; the last checkpoint is from before it. '
-                                 'Try a smaller --lr or --beta, or --warmup 1000')
 
 
 def columns(latents):

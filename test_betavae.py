@@ -630,12 +630,12 @@ def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, ca
     assert main('--run', 'file', '--batch', 16) == 1
 
 
-def test_what_is_not_finite_stops_the_run_is_named_and_not_saved(trained, monkeypatch):
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(trained, monkeypatch):
     def spoilt(mu, logvar, kl=betavae.kl_per_latent):
         return kl(mu, logvar) * torch.tensor([1, 1, math.nan])
     before = Path('a/checkpoint.pt').read_bytes()
     with monkeypatch.context() as patch, pytest.raises(
-            FloatingPointError, match='^the loss before step 31 is not finite'):
+            FloatingPointError, match='diverged before step 32.* a keeps'):
         patch.setattr(betavae, 'kl_per_latent', spoilt)
         train(32)
     assert Path('a/checkpoint.pt').read_bytes() == before
@@ -647,7 +647,7 @@ def test_what_is_not_finite_stops_the_run_is_named_and_not_saved(trained, monkey
         (self.state[weights] | dict(weights=weights.data))[what].view(-1)[0] = math.inf
     monkeypatch.setattr(torch.optim.Adam, 'step', spoil)
     for what in ('weights', 'exp_avg', 'exp_avg_sq'):
-        with pytest.raises(FloatingPointError, match='(moment of Adam|held-out).* not finite'):
+        with pytest.raises(FloatingPointError, match='moment of Adam is not'):
             train(1, run='new')
         assert not Path('new/checkpoint.pt').exists()
 
