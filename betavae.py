@@ -336,29 +336,13 @@ class Run:
         self.frames[self.step] = means_of(self.model, codes_of(self.model, self.held_out[:8])[0])
 
     def save(self):
-        """checkpoint.pt, and with it the log. FloatingPointError where training has diverged."""
-        weights = self.model.state_dict()
-        adam = self.optimiser.state_dict()['state']
-        tensors = itertools.chain(weights.values(), *(moments.values() for moments in adam.values()))
-        if not all(t.isfinite().all() for t in tensors):
-            raise FloatingPointError(
-                f'training diverged before step {self.step:,}: a weight or a moment of Adam is not '
-                f'finite. {self.folder} keeps what was saved before. Try a smaller --lr or --beta, '
-                'or --warmup 1000')
+        refuse_diverged(self.model, self.optimiser, self.step, self.folder)
         settings = {name: x for name, x in vars(self.settings).items() if name != 'run'}  # may move
-        names = columns(self.settings.latents)
-        log = torch.tensor(self.log, dtype=torch.float64).view(-1, len(names))
-        state = dict(
+        log = torch.tensor(self.log, dtype=torch.float64)
+        write_checkpoint(self.folder, dict(
             step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
             frames=self.frames, settings=settings, dataset=self.dataset.identity(),
-            model=dict(weights), adam=adam)
-        content = io.BytesIO()              # on a full disk torch would not raise OSError
-        torch.save(state, content)
-        data.write(self.folder / 'checkpoint.pt', content.getvalue())
-        data.write_json(self.folder / 'settings.json', settings | dict(
-            python=sys.version.split()[0], torch=torch.__version__))
-        data.write(self.folder / 'log.csv', lambda file: np.savetxt(
-            file, log, '%.9g', ',', header=','.join(names), comments=''))
+            model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state']))
         self.saved = time.monotonic()
 
     def draw(self, images):
@@ -406,6 +390,27 @@ def refuse_other(state, settings, dataset):
     if differ:
         raise UserError(f'{settings.run} cannot be resumed like this: {"; ".join(differ)}. '
                         'Choose another --run, or delete it')
+
+
+def refuse_diverged(model, optimiser, step, folder):
+    """Raises FloatingPointError where a weight or a moment of Adam is not finite any more."""
+    moments = (moments.values() for moments in optimiser.state.values())
+    if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), *moments)):
+        raise FloatingPointError(
+            f'training diverged before step {step:,}: a weight or a moment of Adam is not finite. '
+            f'{folder} keeps what was saved before. Try a smaller --lr or --beta, or --warmup 1000')
+
+
+def write_checkpoint(folder, state):
+    """checkpoint.pt, which resuming reads, and two views of it: settings.json and log.csv."""
+    content = io.BytesIO()                      # on a full disk torch itself raises no OSError
+    torch.save(state, content)
+    data.write(folder / 'checkpoint.pt', content.getvalue())
+    data.write_json(folder / 'settings.json', state['settings'] | dict(
+        python=sys.version.split()[0], torch=torch.__version__))
+    names = columns(state['settings']['latents'])
+    data.write(folder / 'log.csv', lambda file: np.savetxt(
+        file, state['log'].view(-1, len(names)), '%.9g', ',', header=','.join(names), comments=''))
 
 
 def columns(latents):
