@@ -183,7 +183,8 @@ def beta_at(step, beta, beta_from=0.0, anneal=0):
 
 def train(dataset, settings):
     """Minimise `objective` with Adam; returns the model. `settings` are made by `options`; what
-    surrounds the algorithm is in Run. Raises UserError, and KeyboardInterrupt when stopped."""
+    surrounds the algorithm is in Run. Raises UserError, FloatingPointError where training diverges,
+    and KeyboardInterrupt when stopped."""
     s = settle(settings, dataset)
     model = initial_model(s, dataset.shape[0])
     optimiser = torch.optim.Adam(model.parameters(), lr=s.lr, fused=True)
@@ -302,8 +303,11 @@ class Run:
         self.recent[self.step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
         self.beta = beta
         self.step += 1
+        row_due = self.step % ROW == 0
+        if row_due:
+            self.means()                                # waits for a GPU, so that its time counts
         self.seconds += time.perf_counter() - self.tick
-        if self.step % ROW == 0:
+        if row_due:
             self.add_row()
         if self.progress.due(self.step):
             self.progress.show(self.step, progress_line(self.settings, self.step, self.beta,
@@ -389,11 +393,11 @@ def refuse_other(state, settings, dataset):
         differ.append(f"it is at step {state['step']:,}, past --steps {settings.steps:,}")
     if differ:
         raise UserError(f'{settings.run} cannot be resumed like this: {"; ".join(differ)}. '
-                        'Choose another --run, or delete it')
+                        'Give the old options, choose another --run, or delete it')
 
 
 def refuse_diverged(model, optimiser, step, folder):
-    """Raises FloatingPointError where a weight or a moment of Adam is not finite any more."""
+    """Raises FloatingPointError where a weight or a moment of Adam is no longer finite."""
     moments = (moments.values() for moments in optimiser.state.values())
     if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), *moments)):
         raise FloatingPointError(
@@ -437,8 +441,8 @@ def load(run, precision='fp32'):
 
 
 def read_checkpoint(folder):
-    """What `Run.save` wrote. Nothing in it is executed. UserError for a file that is damaged, or of
-    another version or program."""
+    """What `write_checkpoint` wrote. Nothing in it is executed. UserError for a file that is
+    damaged, of another program, or whose settings are those of another version."""
     path = Path(folder, 'checkpoint.pt')
     if not path.is_file():
         raise UserError(f'there is no {path}: is {folder} the folder of a run?')
@@ -447,8 +451,10 @@ def read_checkpoint(folder):
             damaged = archive.testzip()                     # by checksums, which torch ignores
         state = torch.load(path, map_location='cpu', weights_only=True)
         if damaged or state['settings'].keys() != vars(options()).keys() - {'run'}:
-            raise ValueError(f'{damaged} is damaged' if damaged else 'of another version')
+            raise ValueError(f'{damaged} is damaged' if damaged else 'written by another version')
         return state
+    except (OSError, MemoryError):                          # it may well be valid
+        raise
     except Exception as error:                              # one of a dozen kinds
         raise UserError(f'{path} is not a valid checkpoint ({error}). It is left as it is; to '
                         f'start over, delete {folder}') from None
@@ -583,13 +589,13 @@ def summarise(model, dataset, settings, steps, held_out, n):
         top_latent=known['latent_names'][int(kl.argmax())],
         top_latent_by_mean=known['latent_names'][by_mean], largest_mean=float(mu.mean(0)[by_mean]),
         largest_mean_standard_error=float(mu[:, by_mean].std(correction=0) / math.sqrt(len(mu))),
-        dataset=dataset.identity(), weights=fingerprint(model), **known)
+        dataset=dataset.identity(), weights=fingerprint(model.state_dict()), **known)
 
 
-def fingerprint(model):
-    """What tells one model's weights from another's: what a summary and its scores belong to."""
+def fingerprint(weights):
+    """What tells one state_dict from another: what a summary and its scores belong to."""
     return hashlib.sha256(b''.join(
-        t.cpu().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+        t.cpu().numpy().tobytes() for t in weights.values())).hexdigest()
 
 
 def draw(folder, model, settings, summary, log, frames, held_out):
@@ -662,7 +668,7 @@ def compare(argv):
         raise UserError('these runs are of more than one data set; compare those of one')
     for run in runs if args.pairs else []:
         score(run, args.pairs, args.factors, args.train)
-    unlike = [name for name in ('likelihood', 'crop', 'device', 'precision')
+    unlike = [name for name in ('likelihood', 'device', 'precision')
               if any(run[name] != runs[0][name] for run in runs)]
     rows = {}
     for run in runs:
@@ -697,8 +703,9 @@ def read_run(folder):
     if not settings or 'label' not in summary:
         raise UserError(f'{folder} is not the folder of a finished run')
     if (folder / 'checkpoint.pt').exists():
-        step = read_checkpoint(folder)['step']
-        if (step, fingerprint(load(folder))) != (summary['steps'], summary['weights']):
+        state = read_checkpoint(folder)
+        step = state['step']
+        if (step, fingerprint(state['model'])) != (summary['steps'], summary['weights']):
             raise UserError(f'{folder} stopped at step {step:,} without a summary. To finish it '
                             f'there, repeat its command with --steps {step}')
     if scores.get('weights') == summary['weights']:
@@ -1030,10 +1037,6 @@ def keep_freed_memory():
         mallopt(-8, 1)                      # M_ARENA_MAX: and is the only one; others do shrink
 
 
-EXIT_STATUS = {UserError: 2, FloatingPointError: 3, KeyboardInterrupt: 130, OSError: 1,
-               MemoryError: 1, torch.OutOfMemoryError: 1}
-
-
 def main(argv):
     keep_freed_memory()
     try:
@@ -1042,12 +1045,13 @@ def main(argv):
         else:
             settings = options(*argv)
             train(data.load(settings.data, settings.crop), settings)
-    except tuple(EXIT_STATUS) as error:
+    except (UserError, FloatingPointError, KeyboardInterrupt, OSError, MemoryError,
+            torch.OutOfMemoryError) as error:
         if data.on_terminal():
             say('')                             # below the line of progress
         say(f'betavae: {data.one_line(error) or type(error).__name__}', file=sys.stderr)
-        raise SystemExit(next(status for kind, status in EXIT_STATUS.items()
-                              if isinstance(error, kind))) from None
+        codes = {UserError: 2, FloatingPointError: 3, KeyboardInterrupt: 130}
+        raise SystemExit(codes.get(type(error), 1)) from None
 
 
 # /// script

@@ -343,27 +343,27 @@ def photographs(path, crop):
         try:
             archive = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f'{path} is no folder and no .zip that can be read ({error}): give '
+            raise UserError(f'{path} is neither a folder nor a readable .zip ({error}): give '
                             'faces, dsprites, a folder, .zip or dSprites .npz') from None
         files = {member.filename: (member.file_size, member.CRC) for member in archive.infolist()}
         open_file = archive.open
     names = sorted(filter(is_image, files))
     if not names:
-        raise UserError(f'{path} holds no images ({", ".join(FORMATS)})')
-    key = hashlib.sha256(repr((crop, [(name, files[name]) for name in names])).encode()).hexdigest()
+        raise UserError(f'{path} holds no readable images ({", ".join(FORMATS)})')
+    key = hashlib.sha256(repr((crop, [(file, files[file]) for file in names])).encode()).hexdigest()
+    name = path.name if path.is_dir() else path.stem
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache',
-                 'betavae', f'{path.stem}-{key[:16]}.bytes')
+                 'betavae', f'{name}-{key[:16]}.bytes')
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         write(cache, lambda file: decode_all(names, open_file, crop, file))
     images = torch.from_numpy(np.memmap(cache, np.uint8, 'c')).view(-1, 3, 64, 64)
     on_device = functools.cache(images.to)
-    return Dataset(path.stem, (3, 64, 64), {}, lambda index: on_device(index.device)[index],
-                   len(images))
+    return Dataset(name, (3, 64, 64), {}, lambda index: on_device(index.device)[index], len(images))
 
 
 def is_image(name):
-    """Whether a path within a source ends like an image's, and is not hidden: macOS hides twins."""
+    """Whether a path within a source has an image's extension, and is not hidden (macOS' twins)."""
     hidden = any(part.startswith(('.', '__MACOSX')) for part in Path(name).parts)
     return not hidden and Image.registered_extensions().get(Path(name).suffix.lower()) in FORMATS
 
@@ -372,8 +372,8 @@ def decode(file):
     """An image file, or its path → an upright RGB image, on white where it was transparent."""
     with Image.open(file, formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode == 'F':
-            raise ValueError('pixels that are not integers: which of them is white?')
+        if image.mode == 'F' or image.mode.startswith('I') and np.asarray(image).max() > 65535:
+            raise ValueError('neither 8 nor 16 bits per channel: which value is white?')
         if image.mode.startswith('I'):                                  # Pillow would clip 16 bits
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
@@ -520,7 +520,7 @@ def write_json(path, content):
 
 # Pictures -----------------------------------------------------------------------------------------
 
-PAGE = 900              # pixels: pictures are no wider
+PAGE = 900              # pixels: the width that sheets and charts aim at
 FINER = 4               # the data of a chart are drawn so many times larger, for smooth lines
 INK, GREY, PALE = '#222222', '#777777', '#e8e8e8'
 COLOURS = ('#2a6fb0', '#e0802c', '#3a9a58', '#c8413c', '#8660b0', '#8a6248', '#d873ac', '#26a3b4',
@@ -531,7 +531,7 @@ font = functools.cache(ImageFont.load_default)
 
 
 def latin(text, most=1000):
-    """Text for Pillow's own font, which has ASCII alone, in lines of `most` letters."""
+    """Text for Pillow's own font, which has little beyond ASCII, in lines of `most` letters."""
     text = unicodedata.normalize('NFKD', text.translate(LATIN))     # é → e and an accent
     return textwrap.fill(text.encode('ascii', 'ignore').decode(), most)
 
@@ -593,7 +593,7 @@ def axis(values, start, end, log=False):
         parts = (1, 2, 5) if least < 0.5 else (1,)
         ticks = [part * 10.0 ** k for k in range(-60, 61, math.ceil(least)) for part in parts]
     else:
-        steps = [part * 10.0 ** k for k in range(-30, 31) for part in (1, 2, 5)]
+        steps = [part * 10.0 ** k for k in range(-30, 39) for part in (1, 2, 5)]
         step = next(step for step in steps if step >= least)
         ticks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return pixel, [(pixel(t), f'{t:,.7g}') for t in ticks if low <= scaled(t) <= high]

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -609,15 +608,21 @@ def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, ca
     before = Path('a/checkpoint.pt').read_bytes()
 
     def failing(error):
-        def fail(*_):
+        def fail(*_, **options):
             raise error
         return fail
+    resource = pytest.importorskip('resource')                          # not on Windows
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, limit[1]))       # as a full disk
-    with pytest.raises(OSError, match='File too large.*checkpoint.pt'):
-        train(32)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, limit[1]))   # as a full disk
+        with pytest.raises(OSError, match='File too large.*checkpoint.pt'):
+            train(32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert Path('a/checkpoint.pt').read_bytes() == before and not list(Path('a').glob('*.partial'))
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):    # no reason to delete a run
+        patch.setattr(torch, 'load', failing(MemoryError()))
+        train(32)
     for error, expected in {PermissionError(13, 'No', 'x'): "No: 'x'", MemoryError(): 'MemoryError',
                             torch.OutOfMemoryError('out of\nmemory'): 'out of memory'}.items():
         with monkeypatch.context() as patch:
@@ -1106,6 +1111,11 @@ def test_every_kind_of_picture_comes_out_right():
     assert (turned[0, 32, [3, 60]] == [0, 255]).all()
     assert wide.mean() == pytest.approx(255 / 4, abs=2)
     assert data.load('q', crop=40).images([1]).min() == 255
+    for k, value in enumerate((np.int32(10 ** 5), np.float32(0.5))):            # white is unknown
+        Path(f'r{k}').mkdir()
+        Image.fromarray(np.full((64, 64), value)).save(f'r{k}/a.tif')
+        with pytest.raises(data.UserError, match='a.tif: neither 8 nor 16 bits'):
+            data.load(f'r{k}')
 
 
 def test_a_cache_is_of_these_images_or_made_again():
