@@ -121,8 +121,10 @@ def load(source, crop=None):
         dataset = drawn()
     elif official:
         dataset = dsprites(source)
-    else:
+    elif source:
         dataset = photographs(Path(source).resolve(), crop)
+    else:                               # which pathlib takes for the current folder
+        raise UserError('--data is empty: give faces, dsprites, a folder, .zip or dSprites .npz')
     dataset.source = source if drawn else os.path.abspath(source)
     dataset.crop = crop
     return dataset

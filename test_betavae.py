@@ -1149,7 +1149,7 @@ def test_bad_sources_are_named_in_one_line_and_leave_nothing():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(content)
     words = {path.partition('/')[0]: word for path, (_, word) in files.items()}
-    for source, word in (words | dict(nowhere='No such file')).items():
+    for source, word in (words | {'nowhere': 'No such file', '': 'is empty'}).items():
         with pytest.raises(data.UserError) as error:
             data.load(source, crop=64 if 'small' in source else None)
         assert word in str(error.value) and '\n' not in str(error.value), error
