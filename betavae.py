@@ -223,7 +223,7 @@ def as_input(images):
 @torch.no_grad()
 def evaluate(model, images, beta, terms):
     """Loss, reconstruction and KL_j of held-out images, uint8 (n, C, 64, 64), with fixed noise: a
-    tensor (2 + J,). `Run.add_row` calls it for each row of the log."""
+    tensor (2 + J,). Each row of the log and the summary of a run have it."""
     noise = fixed_noise(len(images), model.latents).to(images.device)
     loss, recon, kl = objective(model, as_input(images), noise, beta, **terms)
     return torch.stack([loss, recon, *kl])
@@ -309,9 +309,8 @@ class Run:
         self.seconds += time.perf_counter() - self.tick
         if row_due:
             self.add_row()
-        if self.progress.due(self.step):
-            self.progress.show(self.step, progress_line(self.settings, self.step, self.beta,
-                                                        *self.means()[1:]))
+        self.progress.show(self.step, lambda: progress_line(
+            self.settings, self.step, self.beta, *self.means()[1:]))
         if self.step in self.picture_steps:
             self.add_frame()
             self.save()
@@ -570,23 +569,20 @@ def known_factors(model, dataset, kl, n):
                 **{f'share of {k}': x for k, x in zip(dataset.factor_names, share.max(0).tolist())})
 
 
-@torch.no_grad()
 def summarise(model, dataset, settings, steps, held_out, n):
     """summary.json: a run's figures, in nats per image over at most 1,000 held-out images; what its
     latents know of the factors is measured over n images."""
-    mu, logvar = codes_of(model, held_out)                                          # (≤ 1000, J)
-    kl = kl_per_latent(mu, logvar).mean(0)                                          # (J,)
-    z = sample(mu, logvar, fixed_noise(*mu.shape)).to(held_out.device)
-    recon = sum(reconstruction(model.decode(part), as_input(x), settings.likelihood) * len(x)
-                for part, x in zip(z.split(64), held_out.split(64))) / len(z)
-    known = known_factors(model, dataset, kl, n)
+    terms = dict(likelihood=settings.likelihood)
+    _, recon, *kl = evaluate(model, held_out, settings.beta, terms).tolist()
+    mu, _ = codes_of(model, held_out)                                               # (≤ 1000, J)
     by_mean = int(mu.mean(0).abs().argmax())
+    known = known_factors(model, dataset, kl, n)
     return dict(
-        label=describe(settings), steps=steps, reconstruction=float(recon), kl=float(kl.sum()),
-        kl_per_latent=kl.tolist(), active_latents=int((kl > ACTIVE).sum()),
+        label=describe(settings), steps=steps, reconstruction=recon, kl=sum(kl), kl_per_latent=kl,
+        active_latents=sum(x > ACTIVE for x in kl),
         linear_latents=linear_latents(dataset, settings),
-        collapsed=bool(kl.sum() < COLLAPSED and steps >= 1000),     # before that, it is untrained
-        top_latent=known['latent_names'][int(kl.argmax())],
+        collapsed=sum(kl) < COLLAPSED and steps >= 1000,            # before that, it is untrained
+        top_latent=known['latent_names'][kl.index(max(kl))],
         top_latent_by_mean=known['latent_names'][by_mean], largest_mean=float(mu.mean(0)[by_mean]),
         largest_mean_standard_error=float(mu[:, by_mean].std(correction=0) / math.sqrt(len(mu))),
         dataset=dataset.identity(), weights=fingerprint(model.state_dict()), **known)
@@ -698,8 +694,9 @@ def compare(argv):
 def read_run(folder):
     """Settings, summary and scores of a finished run in one dictionary. Without its checkpoint.pt,
     as in results/, it can be tabulated, but not scored or drawn."""
-    settings, summary, scores = (read_json(folder / f'{name}.json')
-                                 for name in ('settings', 'summary', 'scores'))
+    files = (folder / f'{name}.json' for name in ('settings', 'summary', 'scores'))
+    settings, summary, scores = (json.loads(file.read_text()) if file.exists() else {}
+                                 for file in files)
     if not settings or 'label' not in summary:
         raise UserError(f'{folder} is not the folder of a finished run')
     if (folder / 'checkpoint.pt').exists():
@@ -711,14 +708,6 @@ def read_run(folder):
     if scores.get('weights') == summary['weights']:
         summary |= scores['scores']
     return settings | summary | dict(folder=folder)
-
-
-def read_json(path):
-    """The dictionary in a file; {} where there is none."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f'{path} cannot be read ({error}); delete it') from None
 
 
 def table(rows, names):
@@ -788,8 +777,8 @@ def draw_comparison(out, rows):
         pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
         if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
-            name = f"{label}: {first['linear_latents']} predicted, active: {active}"
-            lines[name] = first['beta'] / 2
+            lines[first['beta'] / 2] = lines.get(first['beta'] / 2, '') + (
+                f"    {label}: {first['linear_latents']} predicted, active: {active}")
     data.save_picture(out / 'comparison.jpg', data.sheet(
         torch.stack(list(pictures.values())), list(pictures),
         'the latent of largest KL from its smallest to its largest value, all others 0'))
@@ -822,9 +811,9 @@ def score(run, pairs, factors, train):
         raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, counted from the "
                         f'last factor ({", ".join(dataset.factor_names) or "none is known"})')
     size = f'_N{train}' * (train != 10000)
-    wanted = {f'accuracy_K{K}_L{L}{size}{kind}': (K, L, k) for K, L, (k, kind)
-              in itertools.product(factors, pairs, enumerate(['', '_samples']))}
-    wanted = {name: what for name, what in wanted.items() if name not in run}
+    wanted = {name: (K, L, k) for K, L, (k, kind)
+              in itertools.product(factors, pairs, enumerate(['', '_samples']))
+              if (name := f'accuracy_K{K}_L{L}{size}{kind}') not in run}
     test = train // 2
     total = sum(2 * L * (train + test) for _, L, _ in wanted.values())
     codes = wanted and encoder(run, dataset, total)
@@ -855,8 +844,7 @@ def encoder(run, dataset, total):
         mu, logvar = codes_of(model, dataset.images(index))
         noise = torch.from_numpy(rng.standard_normal(mu.shape, np.float32))
         done += len(index)
-        if progress.due(done):
-            progress.show(done, f"{run['folder'].name}: {done:,} of {total:,} images encoded")
+        progress.show(done, lambda: f"{run['folder'].name}: {done:,} of {total:,} images encoded")
         return torch.stack([mu, sample(mu, logvar, noise)], 1).numpy()
     if not small:
         return encode

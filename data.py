@@ -407,8 +407,7 @@ def decode_all(names, open_file, crop, file):
             file.write(image)
             if len(bad) > len(names) / 100:
                 raise UserError(f'more than 1 % of the images cannot be read: {bad[0]}')
-            if progress.due(done):
-                progress.show(done, f'{done:,} of {len(names):,} images decoded')
+            progress.show(done, lambda: f'{done:,} of {len(names):,} images decoded')
     for reason in bad[:3]:
         say(f'skipped {reason}', file=sys.stderr)
 
@@ -478,13 +477,12 @@ class Progress:
         self.size = size
         self.marks = [(time.monotonic(), done)]
 
-    def due(self, done):
-        pause = 0.5 if on_terminal() else 10
-        return len(self.marks) == 1 or done == self.total or (
-            time.monotonic() > self.marks[-1][0] + pause)
-
-    def show(self, done, line):
+    def show(self, done, describe):
+        """The line is what `describe` returns; it is called when one is due."""
         now = time.monotonic()
+        due = self.marks[-1][0] + (0.5 if on_terminal() else 10)
+        if now <= due and done < self.total and len(self.marks) > 1:
+            return
         self.marks = [mark for mark in self.marks if now - mark[0] < 60] or self.marks[-1:]
         start, first = self.marks[0]
         self.marks.append((now, done))
@@ -492,7 +490,7 @@ class Progress:
         left = (self.total - done) / speed
         left = (f'{left / 3600:.1f} h' if left > 5400 else
                 f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s')
-        line = f'{line}  {left} left  {speed * self.size:,.0f} images/s'
+        line = f'{describe()}  {left} left  {speed * self.size:,.0f} images/s'
         if on_terminal():
             line = line[:shutil.get_terminal_size().columns - 1]
             say(f'\r{line}\x1b[K', end='\n' if done == self.total else '')
@@ -606,7 +604,7 @@ def chart(panels, size=(460, 320)):
 
     A panel is a dictionary: title; x, the name of that axis; series, {name: (xs, ys)}, with error
     bars {name: (xs, ys, low, high)}. Optional: limits, (low, high) of y; log_x; log_y; lines,
-    {name: y}, drawn across; points=True for markers alone. What is not finite, or not positive on a
+    {y: name}, drawn across; points=True for markers alone. What is not finite, or not positive on a
     logarithmic axis, is a gap. The series '' is not in the legend.
     """
     across = len(panels) if len(panels) < 4 else 2
@@ -633,7 +631,7 @@ def draw_panel(panel, width, height, colours):
     series, lines = panel['series'], panel.get('lines', {})
     top, bottom, right = 50, height - 42, width - 16
     xs = np.concatenate([[], *(x for x, *_ in series.values())])
-    ys = np.concatenate([[], *(y for _, *rest in series.values() for y in rest), [*lines.values()]])
+    ys = np.concatenate([[], *(y for _, *rest in series.values() for y in rest), [*lines]])
     y_at, y_ticks = axis(panel.get('limits', ys), bottom, top, panel.get('log_y'))
     left = 22 + max((width_of(label, 12) for _, label in y_ticks), default=0)
     x_at, x_ticks = axis(xs, left, right, panel.get('log_x'))
@@ -663,15 +661,11 @@ def draw_panel(panel, width, height, colours):
             ink.ellipse([x[k] - radius, y[k] - radius, x[k] + radius, y[k] + radius], colours[name])
     plot = layer.reduce(FINER).crop((left, top, right, bottom))
     picture.paste(plot, (left, top), plot)
-    above, start = -99, 0                                       # of the name before
-    for name, value in sorted(lines.items(), key=lambda line: -line[1]):
-        y = y_at(value)
-        if top <= y <= bottom:                                  # not NaN
-            end = start - 16 if y - above < 12 else right - 4
-            above, start = y, end - width_of(latin(name), 11)
-            pen.line([left, y, right, y], GREY)
-            if start > left:                                    # else there is no room for it
-                pen.text((end, y - 5), latin(name), GREY, font(11), 'rs')
+    for y, name in lines.items():
+        if top <= y_at(y) <= bottom:                            # not NaN
+            pen.line([left, y_at(y), right, y_at(y)], GREY)
+            pen.text((right, y_at(y) - 1), latin(name, width // 7), GREY, font(11), 'rd',
+                     align='right')
     return picture
 
 
