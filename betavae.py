@@ -1,6 +1,7 @@
 """β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β. To be read beside the paper.
 
-    python betavae.py --beta 100 --anneal 40000     train; pictures, log and checkpoint in runs/
+    python betavae.py --beta 100 --anneal 40000     pictures in runs/ after seconds, the last after
+                                                    about an hour; after Ctrl-C it resumes
     python betavae.py compare runs/A runs/B         finished runs in tables and on one sheet
 
 Sections 1 to 3 are the model, the objective and the training. What surrounds them comes after:
@@ -229,9 +230,7 @@ def evaluate(model, images, beta, terms):
     return torch.stack([loss, recon, *kl])
 
 
-# --------------------------------------------------------------------------------------------------
-# 4 A run's folder: checkpoint.pt is the run; all else are views of it, which resuming never reads
-# --------------------------------------------------------------------------------------------------
+# 4 A run's folder: checkpoint.pt is the run; all else are views, which resuming never reads -------
 
 ROW = 100               # steps from one row of the log to the next
 PICTURES = 5000         # steps from one set of pictures to the next, denser at the start
@@ -262,7 +261,7 @@ class Run:
         self.beta = 0.0                                 # of the last step
         self.seconds = 0.0                              # of training, without pictures and files
         self.recent = torch.zeros(ROW, 2 + settings.latents, device=settings.device)
-        self.log = []                                   # rows of floats, named by `columns`
+        self.log = []                                   # rows of floats: `add_row`
         self.frames = {}                                # step → what was reconstructed then
         self.stopping = False
 
@@ -284,9 +283,8 @@ class Run:
     def resume(self, state):
         """Take over a checkpoint. UserError if its options or data are not those of this run."""
         refuse_other(state, self.settings, self.dataset)
-        groups = self.optimiser.state_dict()['param_groups']
         self.model.load_state_dict(state['model'])
-        self.optimiser.load_state_dict(dict(state=state['adam'], param_groups=groups))
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | dict(state=state['adam']))
         self.step = state['step']
         self.beta = state['beta']
         self.seconds = state['seconds']
@@ -349,11 +347,10 @@ class Run:
         self.saved = time.monotonic()
 
     def draw(self, images):
-        log = dict(zip(columns(self.settings.latents), np.array(self.log).T))
         summary = summarise(
             self.model, self.dataset, self.settings, self.step, self.held_out, images)
         data.write_json(self.folder / 'summary.json', summary)
-        draw(self.folder, self.model, self.settings, summary, log, self.frames, self.held_out)
+        draw(self.folder, self.model, self.settings, summary, self.log, self.frames, self.held_out)
         return summary
 
     def finish(self):
@@ -369,16 +366,15 @@ class Run:
                 'image becomes the mean image. Try a smaller --beta, or let it rise (--anneal)')
 
 
-@contextlib.contextmanager
 def on_signals(stop):
-    """Call `stop` at SIGINT, SIGTERM and SIGHUP, unless one is ignored; at the end, as before."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ValueError):               # only the main thread has signals
-            for number in {signal.SIGINT, signal.SIGTERM,
-                           getattr(signal, 'SIGHUP', signal.SIGTERM)}:          # not on Windows
-                if signal.getsignal(number) != signal.SIG_IGN:                  # as under nohup
-                    stack.callback(signal.signal, number, signal.signal(number, stop))
-        yield
+    """A context in which SIGINT, SIGTERM and SIGHUP call `stop`, except those that are ignored."""
+    before = contextlib.ExitStack()
+    with contextlib.suppress(ValueError):                   # only the main thread has signals
+        for number in {signal.SIGINT, signal.SIGTERM,
+                       getattr(signal, 'SIGHUP', signal.SIGTERM)}:              # not on Windows
+            if signal.getsignal(number) != signal.SIG_IGN:                      # as under nohup
+                before.callback(signal.signal, number, signal.signal(number, stop))
+    return before
 
 
 def refuse_other(state, settings, dataset):
@@ -405,21 +401,18 @@ def refuse_diverged(model, optimiser, step, folder):
 
 
 def write_checkpoint(folder, state):
-    """checkpoint.pt, which resuming reads, and two views of it: settings.json and log.csv."""
+    """checkpoint.pt, which resuming reads; before it two views, so that a run whose settings.json
+    and summary.json agree on the steps has no later checkpoint. In log.csv loss, recon and KL_j are
+    means over the steps since the last row."""
+    data.write_json(folder / 'settings.json', state['settings'] | dict(
+        python=sys.version.split()[0], torch=torch.__version__))
+    kl = ','.join(f'kl_{j}' for j in range(state['settings']['latents']))
+    data.write(folder / 'log.csv', lambda file: np.savetxt(
+        file, state['log'], '%.9g', ',', comments='', header=f'step,beta,loss,recon,kl,{kl},'
+        'held_out_loss,held_out_recon,held_out_kl,seconds'))
     content = io.BytesIO()                      # on a full disk torch itself raises no OSError
     torch.save(state, content)
     data.write(folder / 'checkpoint.pt', content.getvalue())
-    data.write_json(folder / 'settings.json', state['settings'] | dict(
-        python=sys.version.split()[0], torch=torch.__version__))
-    names = columns(state['settings']['latents'])
-    data.write(folder / 'log.csv', lambda file: np.savetxt(
-        file, state['log'].view(-1, len(names)), '%.9g', ',', header=','.join(names), comments=''))
-
-
-def columns(latents):
-    """The columns of log.csv: loss, recon and KL_j are means over the steps since the last row."""
-    return ['step', 'beta', 'loss', 'recon', 'kl', *(f'kl_{j}' for j in range(latents)),
-            'held_out_loss', 'held_out_recon', 'held_out_kl', 'seconds']
 
 
 def initial_model(settings, channels):
@@ -483,9 +476,7 @@ def progress_line(settings, step, beta, recon, *kl):
             f'KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{len(kl)}')
 
 
-# --------------------------------------------------------------------------------------------------
-# 5 What a run shows: its summary and its pictures
-# --------------------------------------------------------------------------------------------------
+# 5 What a run shows: its summary and its pictures -------------------------------------------------
 
 @torch.no_grad()
 def codes_of(model, images):
@@ -557,13 +548,13 @@ def known_factors(model, dataset, kl, n):
     mu, logvar = codes_of(model, dataset.images(index))                             # (n, J)
     v = np.stack(np.unravel_index(index, dataset.factor_sizes), 1)                  # (n, K)
     z = sample(mu, logvar, fixed_noise(*mu.shape))
-    mig, mig_samples = (metrics.mutual_information_gap(codes.numpy(), v)[0] for codes in (mu, z))
+    mig, mig_samples = (metrics.mutual_information_gap(codes, v)[0] for codes in (mu, z))
     share = metrics.factor_shares(mu, v)                                            # (J, K)
     names = [f'z{j}: {dataset.factor_names[k]} {share[j, k]:.0%}'
              if share[j, k] >= 0.05 and kl[j] > ACTIVE else f'z{j}'
              for j, k in enumerate(share.argmax(1))]
     logvar = logvar.clamp(-50, 50)              # with β = 0 nothing keeps the uncertainty from 0
-    parts = metrics.elbo_decomposition(mu.numpy(), logvar.numpy(), samples=min(500, len(mu)))
+    parts = metrics.elbo_decomposition(mu, logvar, samples=min(500, len(mu)))
     return dict(latent_names=names, mig=mig, mig_samples=mig_samples,
                 dimension_wise_kl=parts['dimension_wise_kl'].tolist(),
                 **{f'share of {k}': x for k, x in zip(dataset.factor_names, share.max(0).tolist())})
@@ -575,6 +566,7 @@ def summarise(model, dataset, settings, steps, held_out, n):
     terms = dict(likelihood=settings.likelihood)
     _, recon, *kl = evaluate(model, held_out, settings.beta, terms).tolist()
     mu, _ = codes_of(model, held_out)                                               # (≤ 1000, J)
+    weights = b''.join(t.cpu().numpy().tobytes() for t in model.state_dict().values())
     by_mean = int(mu.mean(0).abs().argmax())
     known = known_factors(model, dataset, kl, n)
     return dict(
@@ -585,13 +577,7 @@ def summarise(model, dataset, settings, steps, held_out, n):
         top_latent=known['latent_names'][kl.index(max(kl))],
         top_latent_by_mean=known['latent_names'][by_mean], largest_mean=float(mu.mean(0)[by_mean]),
         largest_mean_standard_error=float(mu[:, by_mean].std(correction=0) / math.sqrt(len(mu))),
-        dataset=dataset.identity(), weights=fingerprint(model.state_dict()), **known)
-
-
-def fingerprint(weights):
-    """What tells one state_dict from another: what a summary and its scores belong to."""
-    return hashlib.sha256(b''.join(
-        t.cpu().numpy().tobytes() for t in weights.values())).hexdigest()
+        dataset=dataset.identity(), weights=hashlib.sha256(weights).hexdigest(), **known)
 
 
 def draw(folder, model, settings, summary, log, frames, held_out):
@@ -626,34 +612,28 @@ def draw(folder, model, settings, summary, log, frames, held_out):
     data.save_gif(folder / 'training.gif', [
         data.sheet(torch.stack([eight, frames[n]]), ['held out', 'reconstructed'], f'step {n:,}')
         for n in sorted(frames)], 500)
-    data.save_picture(folder / 'curves.png', curves(settings, log, [(j, names[j]) for j in shown]))
+    data.save_picture(folder / 'curves.png', curves(settings, log, {j: names[j] for j in shown}))
 
 
-def curves(settings, log, latents):
-    """Reconstruction, KL, KL of some latents, and β or C, against the step."""
-    steps = log['step']
+def curves(settings, log, names):
+    """Reconstruction, KL, KL of the latents that are named, and β or C, against the step."""
+    steps, beta, _, recon, kl, *kls, _, held_recon, held_kl, _ = np.array(log).T
 
-    def panel(term, title):
-        both = log[term], log[f'held_out_{term}']
-        limits = (min(min(ys) for ys in both),
-                  max(max(ys[len(steps) // 20:]) for ys in both))   # the first fall dwarfs the rest
-        return dict(title=title, x='step', limits=limits,
-                    series={'train': (steps, both[0]), 'held out': (steps, both[1])})
+    def panel(title, train, held):
+        late = len(steps) // 20                             # the first fall dwarfs the rest
+        return dict(title=title, x='step',
+                    limits=(min(*train, *held), max(*train[late:], *held[late:])),
+                    series={'train': (steps, train), 'held out': (steps, held)})
     return data.chart([
-        panel('recon', f'reconstruction ({settings.likelihood}), nats per image'),
-        panel('kl', 'KL, nats per image'),
+        panel(f'reconstruction ({settings.likelihood}), nats per image', recon, held_recon),
+        panel('KL, nats per image', kl, held_kl),
         dict(title='KL of each latent, nats per image', x='step',
-             series={name: (steps, log[f'kl_{j}']) for j, name in latents}),
+             series={name: (steps, kls[j]) for j, name in names.items()}),
         dict(title='β' if settings.capacity is None else 'C, nats per image', x='step',
-             series={'': (steps, log['beta'])})])
+             series={'': (steps, beta)})])
 
 
-# --------------------------------------------------------------------------------------------------
-# 6 Finished runs: in tables, in charts, on one sheet, scored
-# --------------------------------------------------------------------------------------------------
-
-load_data = functools.lru_cache(maxsize=2)(data.load)
-
+# 6 Finished runs: in tables, in charts, on one sheet, scored --------------------------------------
 
 def compare(argv):
     """Runs side by side. Those that differ in the seed alone are one row."""
@@ -662,8 +642,10 @@ def compare(argv):
     runs = [read_run(folder) for folder in args.runs]
     if any(run['dataset'] != runs[0]['dataset'] for run in runs):
         raise UserError('these runs are of more than one data set; compare those of one')
-    for run in runs if args.pairs else []:
-        score(run, args.pairs, args.factors, args.train)
+    if args.pairs:
+        dataset = dataset_of(runs[0])
+        for run in runs:
+            score(run, dataset, args.pairs, args.factors, args.train)
     unlike = [name for name in ('likelihood', 'device', 'precision')
               if any(run[name] != runs[0][name] for run in runs)]
     rows = {}
@@ -686,7 +668,7 @@ def compare(argv):
     for axes in args.chart:
         data.save_picture(out / f"{re.sub('[:,]', '-', axes)}.png", chart_of(runs, axes))
     try:
-        draw_comparison(out, rows)
+        draw_comparison(out, rows, dataset_of(runs[0]))
     except UserError as error:                          # data or checkpoints that are not here
         say(f'no pictures of these runs: {error}')
 
@@ -697,14 +679,9 @@ def read_run(folder):
     files = (folder / f'{name}.json' for name in ('settings', 'summary', 'scores'))
     settings, summary, scores = (json.loads(file.read_text()) if file.exists() else {}
                                  for file in files)
-    if not settings or 'label' not in summary:
-        raise UserError(f'{folder} is not the folder of a finished run')
-    if (folder / 'checkpoint.pt').exists():
-        state = read_checkpoint(folder)
-        step = state['step']
-        if (step, fingerprint(state['model'])) != (summary['steps'], summary['weights']):
-            raise UserError(f'{folder} stopped at step {step:,} without a summary. To finish it '
-                            f'there, repeat its command with --steps {step}')
+    if 'label' not in summary or summary['steps'] != settings.get('steps'):
+        raise UserError(f'{folder} is not the folder of a finished run. To end one where it '
+                        'stopped, repeat its command with --steps and the step it had reached')
     if scores.get('weights') == summary['weights']:
         summary |= scores['scores']
     return settings | summary | dict(folder=folder)
@@ -765,13 +742,12 @@ def chart_of(runs, axes):
                             series={words: curve(pairs) for words, pairs in series.items()})])
 
 
-def draw_comparison(out, rows):
+def draw_comparison(out, rows, dataset):
     """comparison.jpg, the top latent of each row's first run; and spectrum.png, λ beside β/2."""
     pictures = {}
     lines = {}
     for label, row in rows.items():
         first = row[0]
-        dataset = dataset_of(first)
         model = load(first['folder'], first['precision'])
         top = top_latent(*codes_of(model, dataset.images(dataset.held_out(1000))))
         pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
@@ -792,7 +768,7 @@ def draw_comparison(out, rows):
 def dataset_of(run):
     """The data of a run. UserError where it is not to be had, or holds other images now."""
     try:
-        dataset = load_data(run['data'], run['crop'])
+        dataset = data.load(run['data'], run['crop'])
     except UserError as error:
         raise UserError(f"{run['folder']}: {error}. If it was moved, repeat the run's command with "
                         'its new --data; data made in Python cannot be loaded by name') from None
@@ -801,10 +777,9 @@ def dataset_of(run):
     return dataset
 
 
-def score(run, pairs, factors, train):
+def score(run, dataset, pairs, factors, train):
     """Add the metric at each K and L, by posterior means and by samples, to a run and its
     scores.json. What is there already is not computed again."""
-    dataset = dataset_of(run)
     sizes = dataset.factor_sizes
     factors = factors or [len(sizes)]
     if not all(2 <= K <= len(sizes) for K in factors):
@@ -821,7 +796,7 @@ def score(run, pairs, factors, train):
         try:
             run[name] = metrics.disentanglement_score(
                 lambda index: codes(index)[:, k], sizes, pairs=L, factors=range(len(sizes))[-K:],
-                train=train, test=test, rng=np.random.default_rng(run['seed']))
+                train=train, test=test, rng=run['seed'])
         except ValueError as error:
             raise UserError(f"{run['folder']}: {error}") from None
         data.write_json(run['folder'] / 'scores.json', dict(
@@ -852,15 +827,7 @@ def encoder(run, dataset, total):
     return np.concatenate([encode(part) for part in parts]).__getitem__
 
 
-# --------------------------------------------------------------------------------------------------
-# 7 The command line
-# --------------------------------------------------------------------------------------------------
-
-HELP = """Train a β-VAE. The main command, with its first pictures after seconds:
-
-    python betavae.py --beta 100 --anneal 40000         20 minutes to an hour on two cores
-
-Ctrl-C saves, and the same command resumes. Finished runs: python betavae.py compare --help"""
+# 7 The command line -------------------------------------------------------------------------------
 
 COMPARE_HELP = """Put finished runs in one table and on one sheet. Those that differ in the seed
 alone are one row.
@@ -897,8 +864,26 @@ def integers(text):
     return sorted({between(int, 1, 10 ** 6)(word) for word in text.split(',')})
 
 
-def training_parser():
-    parser = Parser('betavae.py', '%(prog)s [OPTION …]', HELP, allow_abbrev=False,
+def compare_parser():
+    parser = Parser('betavae.py compare', '%(prog)s RUN … [OPTION …]', COMPARE_HELP,
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('runs', nargs='+', type=Path, metavar='RUN', help='folders of finished runs')
+    add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
+    add('--factors', type=integers, metavar='K,…',
+        help='of the metric: the last K factors (default: all; dSprites with 4 is without shape)')
+    add('--train', type=between(int, 10, 10 ** 6), default=10000, metavar='N',
+        help='of the metric: training points (default: 10000)')
+    add('--chart', action='append', default=[], metavar='X:Y',
+        help='draw a chart of options or results, such as beta:kl or beta:mig,mig_samples')
+    add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')
+    return parser
+
+
+def options(*argv, **given):
+    """The settings of a run, from words of a command line or keywords: options(beta=4, seed=1).
+    Raises UserError for what is unknown, out of range or contradictory."""
+    parser = Parser('betavae.py', '%(prog)s [OPTION …]', __doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     whole = between(int, 0, 10 ** 9)
     positive = between(int, 1, 10 ** 9)
@@ -930,33 +915,10 @@ def training_parser():
     add('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='(default: auto)')
     add('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
         help='of the convolutions (default: auto, bf16 where the hardware supports it)')
-    return parser
 
-
-def compare_parser():
-    parser = Parser('betavae.py compare', '%(prog)s RUN … [OPTION …]', COMPARE_HELP,
-                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('runs', nargs='+', type=Path, metavar='RUN', help='folders of finished runs')
-    add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
-    add('--factors', type=integers, metavar='K,…',
-        help='of the metric: the last K factors (default: all; dSprites with 4 is without shape)')
-    add('--train', type=between(int, 10, 10 ** 6), default=10000, metavar='N',
-        help='of the metric: training points (default: 10000)')
-    add('--chart', action='append', default=[], metavar='X:Y',
-        help='draw a chart of options or results, such as beta:kl or beta:mig,mig_samples')
-    add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')
-    return parser
-
-
-def options(*argv, **given):
-    """The settings of a run, from words of a command line or keywords: options(beta=4, seed=1).
-
-    Raises UserError for what is unknown, out of range or contradictory.
-    """
     words = [f'--{name.replace("_", "-")}' + f'={value}' * (name != 'tc')
              for name, value in given.items() if value is not None and value is not False]
-    s = training_parser().parse_args([*argv, *words])
+    s = parser.parse_args([*argv, *words])
     if s.beta_from is not None and not s.anneal:
         raise UserError('--beta-from needs --anneal: the steps over which β moves')
     if s.tc and s.batch == 1:

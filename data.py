@@ -578,9 +578,8 @@ def axis(values, start, end, log=False):
 
     def pixel(v):
         return start + (scaled(v) - low) / (high - low) * (end - start)
-    shown = scaled(values)
-    shown = shown[np.isfinite(shown)]
-    low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
+    shown = [v for v in scaled(values) if np.isfinite(v)] or [0.0, 1.0]
+    low, high = min(shown), max(shown)
     if log:                                                     # at least a decade
         low, high = min(low, (low + high - 1) / 2), max(high, (low + high + 1) / 2)
     elif math.isclose(low, high):                               # one value: with 0

@@ -13,11 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ import data
 import metrics
 
 HERE = Path(__file__).parent
-DRAW = betavae.draw
+DRAW, LOAD = betavae.draw, data.load
 betavae.ROW, betavae.PICTURES = 5, 8        # runs of a few steps have rows and pictures, too
 
 
@@ -51,13 +51,12 @@ def drawn(monkeypatch):
 
 def toy(channels=1, flipped=False):
     """A block in one of 12 rows and 6 columns, in one of 2 greys: an image shows its index."""
-    def draw(index):
-        at, down, across = torch.arange(64), index[:, None] // 12 * 5, index[:, None] // 2 % 6 * 10
-        inside = [(at >= start) & (at < start + 9) for start in (down, across)]     # (n, 64) each
-        block = inside[0][:, None, :, None] & inside[1][:, None, None]
-        x = 20 + block * (100 + 100 * (index % 2)[:, None, None, None])
-        return (255 - x if flipped else x).to(torch.uint8).repeat(1, channels, 1, 1)
-    return data.Dataset('toy', (channels, 64, 64), {'row': 12, 'column': 6, 'dark|light': 2}, draw)
+    x = np.full((12, 6, 2, channels, 64, 64), 20, np.uint8)
+    for row, column, light in np.ndindex(12, 6, 2):
+        x[row, column, light, :, 5 * row:, 10 * column:][:, :9, :9] = 120 + 100 * light
+    x = torch.from_numpy(255 - x if flipped else x).view(144, channels, 64, 64)
+    sizes = {'row': 12, 'column': 6, 'dark|light': 2}
+    return data.Dataset('toy', (channels, 64, 64), sizes, x.__getitem__)
 
 
 def train(steps=12, dataset=None, **options):
@@ -104,26 +103,21 @@ def finished(tmp_path_factory):
 def trained(finished, monkeypatch):
     """A copy of those runs here, and their data for `compare`."""
     shutil.copytree(finished, '.', dirs_exist_ok=True)
-    monkeypatch.setattr(betavae, 'load_data', lambda *_: toy())
+    monkeypatch.setattr(data, 'load', lambda *_: toy())
 
 
 # The objective ------------------------------------------------------------------------------------
 
 def total_correlation(z, q, n):
-    """Chen et al. 2018, appendix C.2, an image at a time."""
-    total = 0
-    for i in range(len(z)):
-        w = torch.full((len(z), 1), (n - 1) / n / (len(z) - 1), dtype=z.dtype)
-        w[i] = 1 / n
-        log_q = q.log_prob(z[i])                                                    # (M, J)
-        joint = (w * log_q.sum(1, keepdim=True).exp()).sum().log()
-        total = total + joint - (w * log_q.exp()).sum(0).log().sum()
-    return total / len(z)
+    """Chen et al. 2018, appendix C.2, of probabilities."""
+    w = torch.full((len(z),) * 2, (n - 1) / n / (len(z) - 1), dtype=z.dtype).fill_diagonal_(1 / n)
+    p = q.log_prob(z[:, None]).exp()                                                # (M, M, J)
+    joint, each = (w * p.prod(2)).sum(1), (w[:, :, None] * p).sum(1)
+    return (joint.log() - each.log().sum(1)).mean()
 
 
-def test_total_correlation_by_brute_force_is_unbiased_and_of_all_images_exact():
-    generator = torch.Generator().manual_seed(0)
-    mu, logvar, noise = torch.randn(3, 6, 2, generator=generator, dtype=torch.float64)
+def test_total_correlation_by_brute_force_and_of_all_images_exact():
+    mu, logvar, noise = torch.randn(3, 6, 2, dtype=torch.float64)
     z, q = betavae.sample(mu, logvar, noise), Normal(mu, (logvar / 2).exp())
     for m in (2, 6):
         expected = total_correlation(z[:m], Normal(mu[:m], q.scale[:m]), 6)
@@ -132,9 +126,6 @@ def test_total_correlation_by_brute_force_is_unbiased_and_of_all_images_exact():
     exact = q.log_prob(z[:, None]).exp()                                            # (z, image, J)
     expected = exact.prod(2).mean(1).log() - exact.mean(1).log().sum(1)
     torch.testing.assert_close(found, expected.mean())
-    # Of the 2 images of a batch, the weights of this estimate of q(z) at z₀: its mean is q(z₀).
-    estimates = exact[0, 0].prod() / 6 + 5 / 6 * exact[0, 1:].prod(1)
-    torch.testing.assert_close(estimates.mean(), exact[0].prod(1).mean())
 
 
 def test_schedules_are_those_of_the_eight_runs_within_1():
@@ -152,32 +143,27 @@ def test_a_linear_decoder_makes_it_probabilistic_pca():
     λ_i > β/2, with ½ ln(2 λ_i / β) nats (Lucas et al. 2019). At the optimum that they give in
     closed form the gradient vanishes, and with fewer latents the loss is higher."""
     lambdas = torch.tensor([4e-6, 1e-6, 3e-7], dtype=torch.float64)     # the sigmoid is straight
-    beta, n, d = 1e-6, 2000, 6
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(d, 3, generator=generator, dtype=torch.float64))[0]
-    draws = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    beta, n = 1e-6, 2000
+    draws = torch.randn(n, 6, dtype=torch.float64)
     draws = torch.linalg.qr(draws - draws.mean(0))[0] * n ** 0.5        # of covariance exactly 1
     scores, noise = draws.split(3, 1)
-    x = (0.5 + scores * lambdas.sqrt() @ basis.T).view(n, 1, 1, d)
+    x = (0.5 + scores * lambdas.sqrt()).view(n, 1, 1, 3)
 
     def loss_at(used):
         kept = (torch.arange(3) < used).double()
         gain = kept * (lambdas - beta / 2).clamp(min=0).sqrt()                      # of the decoder
         a = (gain / lambdas.sqrt()).requires_grad_()                                # μ = a · scores
         logvar = torch.log(1 - kept * (1 - beta / (2 * lambdas))).requires_grad_()
-        w = (4 * gain[:, None] * basis.T).requires_grad_()              # 1/4: slope of the sigmoid
-
-        def network(x, noise):
-            mu = scores * a
-            z = betavae.sample(mu, logvar, noise)
-            return (z @ w).view(n, 1, 1, d), z, mu, logvar.expand(n, 3)
-        loss, _, kl = betavae.objective(network, x, noise, beta)
+        w = torch.diag(4 * gain).requires_grad_()                       # 1/4: slope of the sigmoid
+        z = betavae.sample(scores * a, logvar, noise)
+        outputs = (z @ w).view(n, 1, 1, 3), z, scores * a, logvar.expand(n, 3)
+        loss, _, kl = betavae.objective(lambda *_: outputs, x, noise, beta)
         loss.backward()
         return loss.item(), kl, max(p.grad.abs().max() for p in (a, logvar, w))
     best, kl, gradient = loss_at(2)
     expected = 0.5 * torch.log(2 * lambdas / beta).clamp(min=0)
     torch.testing.assert_close(kl, expected, atol=1e-9, rtol=0)
-    assert gradient < 1e-2 * beta and best < min(loss_at(1)[0], loss_at(0)[0])
+    assert gradient < 0.02 * beta and best < min(loss_at(1)[0], loss_at(0)[0])
 
 
 # Training: an independent run ---------------------------------------------------------------------
@@ -186,8 +172,7 @@ class Plain:
     """The paper's algorithm as a reader would write it: plain layers, torch.distributions, Adam."""
 
     def __init__(self, C=1, J=3, **options):
-        def relu():
-            return nn.LeakyReLU(options.get('leak', 0.2))
+        relu = functools.partial(nn.LeakyReLU, options.get('leak', 0.2))
         self.J, self.options = J, options
         self.encoder = nn.Sequential(
             nn.Conv2d(C, 32, 4, 2, 1), relu(), nn.Conv2d(32, 32, 4, 2, 1), relu(),
@@ -264,16 +249,12 @@ class Witness(betavae.Run):
         super().record(beta, loss, recon, kl)
 
 
-def noise(*shape):
-    """That of all figures and pictures."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+noise = betavae.fixed_noise         # of all figures and pictures
 
 
 def held_out(dataset):
-    """By the rule, every 19th; in the order in which a run sees them."""
-    index = dataset.held_out(1000)
-    assert not (index % 19).any() and len(set(index)) == min(1000, (len(dataset) + 18) // 19)
-    return torch.from_numpy(dataset.images(index)) / 255
+    """In the order in which a run sees them."""
+    return torch.from_numpy(dataset.images(dataset.held_out(1000))) / 255
 
 
 @pytest.mark.parametrize('case', [
@@ -357,7 +338,6 @@ def test_half_precision_defaults_and_wrong_input():
             model.encode(bad)
     with pytest.raises(ValueError, match='bernoulli or gaussian'):
         betavae.reconstruction(x, x, 'gauss')
-    assert betavae.beta_at(0, 7) == 7                                   # at once
 
 
 # A run's figures and pictures, recomputed from its checkpoint -------------------------------------
@@ -378,7 +358,7 @@ def test_each_field_of_the_summary(run, finished):
     training = dataset.images(dataset.train_index(np.arange(136))).reshape(136, -1) / 255
     centred = training - training.mean(0)
     above = (np.linalg.eigvalsh(centred @ centred.T / 136) > dict(a=0.5, c=1.5)[run]).sum()
-    information = metrics.mutual_information_gap(mu, factors, 20)[1]
+    shares = metrics.factor_shares(mu, factors)
     expected = dict(
         steps=30, reconstruction=recon, kl=kl.sum(),
         kl_per_latent=kl, active_latents=(kl > 0.05).sum(), largest_mean=means[by_mean],
@@ -386,20 +366,14 @@ def test_each_field_of_the_summary(run, finished):
         mig_samples=metrics.mutual_information_gap(z, factors)[0],
         dimension_wise_kl=metrics.elbo_decomposition(mu, logvar)['dimension_wise_kl'],
         largest_mean_standard_error=q.mean[:, by_mean].std(correction=0) / len(x) ** 0.5,
-        **{f'share of {name}': information[:, k].max() / math.log(size)
-           for k, (name, size) in enumerate(dataset.factors.items())})
+        **{f'share of {name}': x for name, x in zip(dataset.factors, shares.max(0))})
     for name, value in expected.items():
         np.testing.assert_allclose(summary[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
-    shares = metrics.factor_shares(mu, factors)
     factor, share = shares.argmax(1), shares.max(1)
     names = [f'z{j}: {dataset.factor_names[factor[j]]} {share[j]:.0%}' if kl[j] > 0.05 else f'z{j}'
              for j in range(3)]
     assert summary['latent_names'] == names and min(share) >= 0.05
     assert (summary['top_latent'], summary['top_latent_by_mean']) == (names[top], names[by_mean])
-    assert summary['dataset'] == dataset.identity() and not summary['collapsed']
-    settings = read(finished, run, 'settings.json')
-    assert settings['beta'] == dict(a=1, c=3)[run] and settings['batch'] == 16
-    assert 'run' not in settings                                        # it may be moved
 
 
 def test_pictures_are_never_read_made_again_and_show_what_they_say(trained, drawn, monkeypatch):
@@ -407,8 +381,9 @@ def test_pictures_are_never_read_made_again_and_show_what_they_say(trained, draw
     views = {path: path.read_bytes() for path in Path('c').iterdir() if path.suffix != '.pt'}
     for path in views:
         path.write_bytes(b'nonsense')
-    sheets, sheet = [], data.sheet
+    sheets, sheet, panels, chart = [], data.sheet, [], data.chart
     monkeypatch.setattr(data, 'sheet', lambda *a, **k: sheets.append((*a, k)) or sheet(*a, **k))
+    monkeypatch.setattr(data, 'chart', lambda given: panels.extend(given) or chart(given))
     train(30, beta=3, run='c')                                          # draws them again
     plain, x = Plain().load(state('c')['model'].values()), held_out(toy())
     with torch.no_grad():
@@ -432,6 +407,14 @@ def test_pictures_are_never_read_made_again_and_show_what_they_say(trained, draw
     names = read('c/summary.json')['latent_names']
     assert labels == [f'{names[j]}, {kl[j]:.2f} nats' for j in order[:2]]
     assert notes == more['notes'] and '2 of 2 active latents, 3 in all' in notes
+    log = read_log('c')
+    expected = [{'train': 'recon', 'held out': 'held_out_recon'},
+                {'train': 'kl', 'held out': 'held_out_kl'},
+                {names[j]: f'kl_{j}' for j in order[:2]}, {'': 'beta'}]
+    for panel, columns in zip(panels, expected, strict=True):
+        assert panel['series'].keys() == columns.keys()
+        for name, (x, y) in panel['series'].items():
+            np.testing.assert_allclose([x, y], [log['step'], log[columns[name]]], rtol=1e-8)
     assert {path.name for path in views} == {
         'curves.png', 'log.csv', 'reconstructions.jpg', 'settings.json', 'summary.json',
         'top_latent.jpg', 'training.gif', 'traversal.gif', 'traversal.jpg'}
@@ -499,13 +482,6 @@ def cuts(monkeypatch):
     return cuts
 
 
-def altered(run, change):
-    """Writes a checkpoint anew after a change to its dictionary."""
-    kept = state(run)
-    change(kept)
-    torch.save(kept, Path(run, 'checkpoint.pt'))
-
-
 def test_a_run_cut_by_any_signal_equals_an_uncut_one_bit_for_bit(cuts, monkeypatch, capsys):
     options = dict(steps=21, beta=4, beta_from=1, anneal=15, warmup=8, likelihood=None)
     train(**options, run='whole')
@@ -534,9 +510,8 @@ def test_an_ignored_hangup_stops_no_run_and_no_thread_needs_signals(cuts, monkey
     cuts[1] = signal.SIGHUP
     train(3)
     assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN and not cuts
-    thread = threading.Thread(target=train, args=(2,), kwargs=dict(run='thread'))
-    thread.start()
-    thread.join()
+    with data.ThreadPool(1) as pool:
+        pool.apply(train, (2,), dict(run='thread'))
     assert state('thread')['step'] == 2
 
 
@@ -546,16 +521,13 @@ import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import test_betavae as t
 
-def fsync(file, left=[*range(3 * 7)]):              # each step: checkpoint, settings, log
+def fsync(file, left=[*range(3 * 7)]):              # each step: settings, log, checkpoint
     left.pop() if left else os.kill(os.getpid(), 9)
 t.data.os.fsync, t.betavae.SAVE_SECONDS = fsync, 0
-t.torch.set_num_threads({torch.get_num_threads()})
 t.train(run='killed')
 '''
-    reading, writing = os.pipe()
-    os.close(reading)                                   # what cannot be printed costs no run
-    child = subprocess.run([sys.executable, '-uc', program], stdout=writing, stderr=writing)
-    assert child.returncode == -signal.SIGKILL
+    child = subprocess.run([sys.executable, '-c', program], capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     assert len(list(Path('killed').glob('*.partial'))) == 1 and state('killed')['step'] == 7
     train(run='killed')
     train()
@@ -563,30 +535,22 @@ t.train(run='killed')
     assert not list(Path('killed').glob('*.partial'))
 
 
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path('executed'),)
-
-
-FOREIGN = [
-    *[lambda good, change=change: Path('a/checkpoint.pt').write_bytes(change(good)) for change in (
-        lambda good: b'', lambda good: good[:-100], lambda good: bytes(range(256)) * 20,
-        lambda good: good.replace(good[9999:10009], b'0123456789'))],
-    lambda good: altered('a', dict.clear),
-    *[lambda good, entry=entry: altered('a', lambda kept: kept.update(entry)) for entry in (
-        dict(settings={}), dict(settings={'beta': 1.0}), dict(settings=Evil()))]]
-
-
-@pytest.mark.parametrize('change', FOREIGN)
+@pytest.mark.parametrize('change', [
+    lambda good: b'', lambda good: good[:-100], lambda good: bytes(range(256)) * 20,
+    lambda good: good.replace(good[9999:10009], b'0123456789'),
+    None, dict(settings={}), dict(settings={'beta': 1.0}), dict(beta=Path())])  # no code is loaded
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_a_broken_or_foreign_checkpoint_is_refused_and_kept(change, trained):
     path = Path('a/checkpoint.pt')
-    change(path.read_bytes())
+    if callable(change):
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        torch.save(state() | change if change else {}, path)
     content = path.read_bytes()
     for call in (lambda: train(32), lambda: betavae.load('a')):
         with pytest.raises(data.UserError, match='a/checkpoint.pt is not a valid .*delete a$'):
             call()
-    assert path.read_bytes() == content and not Path('executed').exists()
+    assert path.read_bytes() == content
 
 
 def test_other_options_other_data_and_a_second_process_are_refused(trained):
@@ -606,11 +570,6 @@ def test_other_options_other_data_and_a_second_process_are_refused(trained):
 
 def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, capsys):
     before = Path('a/checkpoint.pt').read_bytes()
-
-    def failing(error):
-        def fail(*_, **options):
-            raise error
-        return fail
     resource = pytest.importorskip('resource')                          # not on Windows
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -621,40 +580,30 @@ def test_what_goes_wrong_with_files_is_said_in_one_line(trained, monkeypatch, ca
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert Path('a/checkpoint.pt').read_bytes() == before and not list(Path('a').glob('*.partial'))
     with monkeypatch.context() as patch, pytest.raises(MemoryError):    # no reason to delete a run
-        patch.setattr(torch, 'load', failing(MemoryError()))
+        patch.setattr(torch, 'load', Mock(side_effect=MemoryError))
         train(32)
-    for error, expected in {PermissionError(13, 'No', 'x'): "No: 'x'", MemoryError(): 'MemoryError',
-                            torch.OutOfMemoryError('out of\nmemory'): 'out of memory'}.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(betavae, 'train', failing(error))
-            assert main() == 1
+    for code, error, expected in (
+            (1, PermissionError(13, 'No', 'x'), "No: 'x'"), (1, MemoryError(), 'MemoryError'),
+            (1, torch.OutOfMemoryError('out of\nmemory'), 'out of memory'),
+            (3, FloatingPointError('it diverged'), 'it diverged')):
+        monkeypatch.setattr(betavae, 'train', Mock(side_effect=error))
+        assert main() == code
         said = capsys.readouterr().err
         assert expected in said and said.count('\n') == 1
-    Path('file').write_text('')
-    monkeypatch.setattr(data, 'load', lambda *_: toy())
-    assert main('--run', 'file', '--batch', 16) == 1
 
 
-def test_what_is_not_finite_stops_the_run_and_is_not_saved(trained, monkeypatch):
-    def spoilt(mu, logvar, kl=betavae.kl_per_latent):
-        return kl(mu, logvar) * torch.tensor([1, 1, math.nan])
-    before = Path('a/checkpoint.pt').read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(
-            FloatingPointError, match='diverged before step 32.* a keeps'):
-        patch.setattr(betavae, 'kl_per_latent', spoilt)
-        train(32)
-    assert Path('a/checkpoint.pt').read_bytes() == before
-    step = torch.optim.Adam.step
+@pytest.mark.parametrize('what', ['weights', 'exp_avg', 'exp_avg_sq'])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(what, trained, monkeypatch):
+    before, step = Path('a/checkpoint.pt').read_bytes(), torch.optim.Adam.step
 
     def spoil(self, *rest):
         step(self, *rest)
         weights = self.param_groups[0]['params'][0]
         (self.state[weights] | dict(weights=weights.data))[what].view(-1)[0] = math.inf
     monkeypatch.setattr(torch.optim.Adam, 'step', spoil)
-    for what in ('weights', 'exp_avg', 'exp_avg_sq'):
-        with pytest.raises(FloatingPointError, match='moment of Adam is not'):
-            train(1, run='new')
-        assert not Path('new/checkpoint.pt').exists()
+    with pytest.raises(FloatingPointError, match='before step 31: .* of Adam is not .* a keeps'):
+        train(31)
+    assert Path('a/checkpoint.pt').read_bytes() == before
 
 
 # Finished runs ------------------------------------------------------------------------------------
@@ -696,9 +645,6 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
             found = [float(word) for word in re.findall(r'[-\d.]+', f'{cell} {lone}')]
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=near)
             assert ('%' in cell) == (percent == 100)
-    for options, (K, L) in zip(asked, itertools.product((2, 3), (1, 1, 2, 2))):
-        assert list(options['factors']) == [0, 1, 2][-K:]               # the last ones
-        assert (options['pairs'], options['train'], options['test']) == (L, 60, 30)
     assert len(asked) == 3 * 8
     # The metric itself: of an encoder by hand, with the seed of the run.
     pixels = torch.from_numpy(toy().images(np.arange(144))) / 255
@@ -706,8 +652,9 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
         mu, logvar = Plain().load(state('b')['model'].values()).encoder(pixels).split(3, 1)
     noise = np.random.default_rng(1).standard_normal((144, 3), np.float32)
     z = mu + (logvar / 2).exp() * torch.from_numpy(noise)
-    for name, (L, codes) in zip(names[-4:], itertools.product((1, 2), (mu, z))):
-        expected = score(lambda i: codes[i], (12, 6, 2), pairs=L, train=60, test=30, rng=1)
+    for name, (K, L, codes) in zip(names, itertools.product((2, 3), (1, 2), (mu, z))):
+        expected = score(lambda i: codes[i], (12, 6, 2), pairs=L, factors=[0, 1, 2][-K:],
+                         train=60, test=30, rng=1)
         assert runs[1][name] == pytest.approx(expected, abs=0.01)       # to the point, of 30
 
     *panels, option, result, spectrum = itertools.chain(*charts)
@@ -758,7 +705,6 @@ def test_runs_that_cannot_be_compared(trained, capsys, monkeypatch):
         assert error.startswith('betavae: ') and error.count('\n') == 1 and word in error, error
     refused('takes 2 to 3', 'a', '--pairs', 1, '--factors', 4)
     refused('no run has both', 'a', '--chart', 'beta:nothing')
-    refused('not the folder of a finished run', 'nowhere')
     Path('d').mkdir()
     shutil.copy('a/settings.json', 'd')
     Path('d/summary.json').write_text(json.dumps(read('a/summary.json') | dict(dataset={})))
@@ -771,11 +717,11 @@ def test_runs_that_cannot_be_compared(trained, capsys, monkeypatch):
     Path('b/summary.json').write_text('{}')
     refused('not the folder of a finished run', 'b')
     shutil.copytree('c', 'b', dirs_exist_ok=True)
-    shutil.copy('a/checkpoint.pt', 'b/checkpoint.pt')
-    refused('without a summary', 'b')
-    monkeypatch.setattr(betavae, 'load_data', lambda *_: toy(flipped=True))
+    Path('b/settings.json').write_text(json.dumps(read('b/settings.json') | dict(steps=99)))
+    refused('--steps and the step it had reached', 'b')
+    monkeypatch.setattr(data, 'load', lambda *_: toy(flipped=True))
     refused('other images', 'a', '--pairs', '1')
-    monkeypatch.setattr(betavae, 'load_data', data.load)
+    monkeypatch.setattr(data, 'load', LOAD)
     refused('new --data', 'a', '--pairs', '1')
 
 
@@ -810,19 +756,12 @@ BAD_OPTIONS = """
 
 
 @pytest.mark.parametrize('words', re.split(r'\s*[|\n]\s*', BAD_OPTIONS.strip()))
-def test_bad_options_end_in_one_line(words, capsys):
-    if 'cuda' in words and torch.cuda.is_available():
-        pytest.skip('there is one here')
+def test_bad_options_end_in_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert main(*words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith('betavae: ') and error.count('\n') == 1
     assert not Path('runs', 'faces-beta-1').exists()
-
-
-def test_bad_options_from_python():
-    for given in (dict(colour='red'), dict(beta='x'), dict(help=True), dict(run=None, steps=0)):
-        with pytest.raises(data.UserError):
-            betavae.options(**given)
 
 
 def test_help_on_an_ascii_terminal_and_what_a_run_announces(monkeypatch, capsys, cuts):
@@ -836,14 +775,13 @@ def test_help_on_an_ascii_terminal_and_what_a_run_announces(monkeypatch, capsys,
     monkeypatch.setattr(data, 'load', lambda *_: toy())
     assert main('--beta', 4, '--anneal', 9, '--warmup', 7, '--steps', 5, '--batch', 4) == 130
     error = capsys.readouterr().err
-    assert error.count('will not reach its target') == 2
     for words in ('9 steps, and there are 5', '7 steps, and there are 5', 'stopped at step 3'):
         assert words in error
 
 
-def script(*words):
+def script(*words, python=sys.executable):
     return subprocess.run([HERE / 'run_all.sh', *words], capture_output=True, text=True,
-                          env=os.environ | dict(PYTHON=sys.executable))
+                          env=os.environ | dict(PYTHON=python))
 
 
 def test_run_all_prints_the_eight_runs_and_refuses_once():
@@ -866,26 +804,17 @@ def test_run_all_prints_the_eight_runs_and_refuses_once():
         assert found.returncode == 2 and found.stderr.count('\n') == 1
 
 
-def test_run_all_goes_on_after_a_divergence_and_after_nothing_else(monkeypatch):
-    def diverge(*_):
-        raise FloatingPointError('the loss is not finite')
-    monkeypatch.setattr(betavae, 'train', diverge)
-    monkeypatch.setattr(data, 'load', lambda *_: toy())
-    assert main() == 3
-    for code, runs in ((main(), 8), (1, 1)):
+def test_run_all_goes_on_after_a_divergence_and_after_nothing_else():
+    for code, runs in (3, 8), (1, 1):
         Path('python').write_text(f'#!/bin/sh\nexit {code}\n')
         Path('python').chmod(0o755)
-        done = subprocess.run([HERE / 'run_all.sh'], capture_output=True, text=True,
-                              env=os.environ | dict(PYTHON='./python'))
+        done = script(python='./python')
         assert (done.stdout.count('== '), done.returncode) == (runs, 1)
 
 
 def test_run_all_passes_signals_on_at_once():
-    for k in range(8):
-        save(f'p/{k}.png')
-    process = subprocess.Popen(
-        [HERE / 'run_all.sh', '--data', 'p', '--batch', '4', '--likelihood', 'bernoulli'],
-        stdout=subprocess.PIPE, text=True, env=os.environ | dict(PYTHON=sys.executable))
+    process = subprocess.Popen([HERE / 'run_all.sh', '--batch', '4'], stdout=subprocess.PIPE,
+                               text=True, env=os.environ | dict(PYTHON=sys.executable))
     for line in process.stdout:
         if line.startswith('step'):
             process.terminate()
@@ -923,8 +852,7 @@ def test_the_snippets_of_the_pages_run(drawn, monkeypatch):
         names = {}
         for block in blocks(page, 'python'):
             exec(re.sub('|'.join(map(re.escape, shorter)), lambda m: shorter[m[0]], block), names)
-    for made in ('own.jpg', 'faces.png', 'mean-and-sample.jpg', 'runs/own/traversal.jpg'):
-        assert Path(made).exists()
+    assert Path('own.jpg').exists() and Path('faces.png').exists()      # one of each page
 
 
 def test_the_commands_of_the_pages_parse_and_three_run(monkeypatch):
@@ -1035,9 +963,8 @@ def test_the_official_file_loads_through_the_same_interface(monkeypatch):
     for name in ('cut.npz', 'other.npz', 'nowhere.npz'):
         with pytest.raises(data.UserError, match=f'{name} is not dSprites'):
             data.load(name)
-    for name in ('official.npz', 'faces'):
-        with pytest.raises(data.UserError, match='--crop is for your own'):
-            data.load(name, crop=64)
+    with pytest.raises(data.UserError, match='--crop is for your own'):
+        data.load('official.npz', crop=64)
 
 
 def test_the_faces_are_those_of_the_results():
@@ -1081,33 +1008,26 @@ def test_a_folder_and_a_zip_of_images(monkeypatch, tmp_path):
 
 def test_every_kind_of_picture_comes_out_right():
     """The colour that a person sees, to within JPEG's and CMYK's rounding."""
-    usual, grey = (200, 100, 50), np.full((64, 64), 257 * 77, np.uint16)        # 16 bits
-    for name, mode, colour, options in (
-            ('a.png', 'RGB', usual, {}), ('b.jpg', 'RGB', usual, dict(quality=95)),
-            ('c.png', 'L', 100, {}), ('d.png', 'RGBA', (200, 100, 50, 0), {}),  # transparent: white
-            ('e.jpg', 'CMYK', (0, 128, 255, 0), {}), ('h.bmp', 'RGB', usual, {}),
-            ('i.webp', 'RGB', usual, dict(lossless=True)), ('j.ppm', 'RGB', usual, {})):
-        save(f'p/{name}', mode, colour, **options)
-    Image.fromarray(grey).save('p/f.png')
-    Image.fromarray(grey).save('p/g.tif')
-    Image.new('RGB', (64, 64), (10, 20, 200)).quantize(4).save('p/k.gif')
-    x = data.load('p').images(np.arange(11))
-    expected = [usual, usual, (100,) * 3, (255,) * 3, (255, 127, 0), (77,) * 3, (77,) * 3,
-                usual, usual, usual, (10, 20, 200)]
-    np.testing.assert_allclose(x[:, :, 30, 30], expected, atol=3)
-    turned = Image.new('RGB', (64, 128), 'black')
-    turned.paste('white', (0, 0, 64, 64))                                       # white above …
+    usual = 200, 100, 50
+    kinds = {'a.png': ('L', 100, 100), 'b.png': ('RGBA', (*usual, 0), 255),     # transparent: white
+             'c.jpg': ('CMYK', (0, 128, 255, 0), (255, 127, 0)),
+             'd.png': ('I;16', 257 * 77, 77), 'e.tif': ('I;16', 257 * 77, 77)}
+    kinds |= {f'x.{kind}': ('RGB', usual, usual) for kind in 'bmp gif jpg png ppm webp'.split()}
+    for name, (mode, colour, _) in kinds.items():
+        save(f'p/{name}', mode, colour, quality=95, lossless=True)
+    found = data.load('p').images(np.arange(11))[:, :, 30, 30]
+    for (name, (*_, seen)), pixel in zip(kinds.items(), found):
+        np.testing.assert_allclose(pixel, seen, atol=3, err_msg=name)
+    turned = Image.new('RGB', (100, 200), 'black')      # turned right by 90°, as EXIF demands, …
+    turned.paste('white', (25, 50, 75, 100))            # … this is right of the middle
     exif = turned.getexif()
-    exif[0x0112] = 6                                    # … shown turned right by 90°: white right
+    exif[0x0112] = 6
     Path('q').mkdir()
     turned.save('q/turned.png', exif=exif)
-    wide = Image.new('RGB', (200, 100), 'black')        # the centred square: 100, or --crop
-    wide.paste('white', (75, 25, 125, 75))
-    wide.save('q/wide.png')
-    turned, wide = data.load('q').images([0, 1])
-    assert (turned[0, 32, [3, 60]] == [0, 255]).all()
-    assert wide.mean() == pytest.approx(255 / 4, abs=2)
-    assert data.load('q', crop=40).images([1]).min() == 255
+    for crop, white in (None, 1 / 4), (40, 1 / 2):      # the centred square: 100, or --crop
+        x = data.load('q', crop).images([0])[0]
+        assert (x[0, 32, [3, 60]] == [0, 255]).all()
+        assert x.mean() == pytest.approx(255 * white, abs=2)
 
 
 def test_a_cache_is_of_these_images_or_made_again():
@@ -1179,10 +1099,8 @@ def test_write_replaces_a_file_whatever_happens(monkeypatch):
     assert sizes == [7, 3]
     for what, error in (('fsync', KeyboardInterrupt), ('fsync', OSError(28, 'No space left')),
                         ('replace', OSError(13, 'Permission denied'))):
-        def fail(*_):
-            raise error
         with monkeypatch.context() as patch, pytest.raises((OSError, KeyboardInterrupt)) as caught:
-            patch.setattr(data.os, what, fail)
+            patch.setattr(data.os, what, Mock(side_effect=error))
             data.write(path, b'lost')
         assert getattr(caught.value, 'filename', str(path)) == str(path)
         assert path.read_bytes() == b'new' and list(Path().iterdir()) == [path]
@@ -1255,21 +1173,17 @@ def pixels_of(picture, colour, near=0):
 
 def test_a_sheet_shows_every_image_in_its_place():
     images = np.random.default_rng(0).integers(256, size=(2, 3, 3, 64, 64), dtype=np.uint8)
-    plain = data.sheet(torch.from_numpy(images), scale=1)
-    assert plain.size == (3 * 66, 2 * 66)
-    for row, column in np.ndindex(2, 3):
-        tile = np.asarray(plain)[66 * row + 1:66 * row + 65, 66 * column + 1:66 * column + 65]
-        assert np.array_equal(tile.transpose(2, 0, 1), images[row, column])
+    plain = np.asarray(data.sheet(torch.from_numpy(images), scale=1))
+    tiles = plain.reshape(2, 66, 3, 66, 3)[:, 1:65, :, 1:65]                # (2, 64, 3, 64, 3)
+    assert np.array_equal(tiles.transpose(0, 2, 4, 1, 3), images)
     grey = np.asarray(data.sheet(images[:, :, :1], scale=1))
     assert (grey[1:65, 1:65] == images[0, 0, 0, :, :, None]).all()
-    labels = ['β', 'two\nlines ' * 9]
-    full = data.sheet(images, labels, 'title ' * 40, ['a note', 'é'], scale=1)
+    full = data.sheet(images, ['β', 'two\nlines ' * 9], 'title ' * 40, ['a note', 'é'], scale=1)
     body = np.asarray(full)[:, -3 * 66:]                        # labels stand left of the images …
-    top = next(y for y in range(full.height) if np.array_equal(body[y:y + 132], np.asarray(plain)))
+    top = next(y for y in range(full.height) if np.array_equal(body[y:y + 132], plain))
     assert 40 < top < full.height - 132 - 30                    # … title above, notes below
     assert (np.asarray(full)[top:top + 66, :-3 * 66] < 100).any()
     assert data.sheet(images).width == 3 * 130                  # twice as large, if that fits
-    assert data.sheet(images[:, :1], title='title ' * 8).width > 200            # one column is 130
     assert data.latin('é → β') == 'e to beta'
     assert data.sheet(np.tile(images, (1, 8, 1, 1, 1))).width <= 900
 
@@ -1294,47 +1208,36 @@ def test_a_chart_shows_its_points_where_its_axes_say(log, decades, labels):
     away = np.abs(found[:, None] - expected).max(2)                         # (pixels, markers)
     middles = [found[away[:, k] < 5].mean(0) for k in range(4)]
     assert (away.min(1) < 5).all() and np.abs(middles - expected).max() < 1
-    assert ((away < 5).sum(0) > 9).all()                                    # large enough to see
-    at, ticks = data.axis([0, 10], 100, 316)                            # 4 % of room at each end
-    assert at([0, 10]) == pytest.approx([108, 308]) and ticks[0] == (pytest.approx(108), '0')
 
 
-def test_a_chart_joins_lines_leaves_gaps_and_has_bars_and_a_legend():
+def test_a_chart_has_lines_gaps_bars_rules_and_a_legend_and_four_are_two_and_two():
     blue, orange = data.COLOURS[:2]
     panel = dict(title='t', x='x', limits=(0, 10), series={
-        'a': ([0, 1, 2, 3, 4], [5, 5, np.nan, 5, 5]), 'b': ([2, 2], [2, 2], [1, 1], [3, 3])})
+        'a' * 40: ([0, 1, 2, 3, 4], [5, 5, np.nan, 5, 5]), 'b': ([2, 2], [2, 2], [1, 1], [3, 3])})
     picture = data.chart([panel], (400, 300))
-    plot = picture.crop((0, 0, 400, 298))
+    plot = picture.crop((0, 0, 400, 300))
     columns = np.unique(pixels_of(plot, blue)[:, 0])
     assert (np.diff(columns) > 60).sum() == 1 and len(columns) > 100        # one gap, else joined
-    assert 4 <= np.ptp(pixels_of(plot, blue)[:, 1]) < 8                     # markers on a line
     bar = pixels_of(plot, orange, 60)
     assert np.ptp(bar[:, 1]) == pytest.approx(2 * 208 / 10.8, abs=2)             # from 1 to 3
-    assert len(pixels_of(picture.crop((0, 300, 400, picture.height)), blue))     # the legend
+    for y, colour in (300, blue), (322, orange):                            # the legend's rows
+        assert len(pixels_of(picture.crop((0, y, 400, y + 22)), colour))
     alone = data.chart([dict(panel, series={'': (range(99), [5] * 98 + [50])})], (400, 300))
-    assert alone.height == 300 and not len(pixels_of(alone, blue))
-    inked = pixels_of(alone.crop((50, 0, 380, 260)), data.INK)[:, 1]
-    assert inked[inked > 30].min() == 50 and 0 < (np.bincount(inked) > 99).sum() < 4      # thin
-    lines = {1: 'low', 5: 'β/2', 50: 'far', 8: 'two lines ' * 9}
+    inked = pixels_of(alone.crop((50, 30, 380, 260)), data.INK)[:, 1]
+    assert alone.height == 300 and inked.min() == 20                # no legend; cut at the limit
+    lines = {1: 'low', 5: 'β/2', 11: 'far'}
     lined = data.chart([dict(panel, series={}, lines=lines)], (400, 300))
     y_at, _ = data.axis((0, 10), 258, 50)
-    texts = [pixels_of(lined.crop((60, y - 28, 384, y - 1)), data.GREY, 90)
-             for y in y_at([1, 5, 8]).astype(int)]
-    assert (np.bincount(pixels_of(lined, data.GREY)[:, 1]) > 300).sum() == 3
-    for text, wide, high in zip(texts, (15, 30, 260), (12, 12, 28)):
-        assert abs(np.ptp(text[:, 0]) / wide - 1) < 0.3 and high / 2 < np.ptp(text[:, 1]) < high
-    assert np.ptp([text[:, 0].max() for text in texts]) < 3             # all end at the right
+    rules = np.flatnonzero(np.bincount(pixels_of(lined, data.GREY)[:, 1]) > 300)
+    np.testing.assert_allclose(rules, y_at([5, 1]), atol=1)                 # none for `far`
+    assert len(pixels_of(lined.crop((60, rules[0] - 28, 384, rules[0] - 1)), data.GREY, 90))
+    panels = [dict(panel, title=title) for title in 'abcd']
+    four = data.chart(panels, (400, 300))
+    for k, one in enumerate(panels):
+        x, y = k % 2 * 400, k // 2 * 300
+        alone = data.chart([one], (400, 300)).crop((0, 0, 400, 300))
+        assert four.crop((x, y, x + 400, y + 300)) == alone
     assert data.chart([panel] * 3).width == 900 and data.chart([panel], (640, 300)).width == 640
-
-
-def test_four_panels_are_two_and_two_above_the_legend():
-    panels = [dict(title='', x='', series={name * 20: ([0], [1])}) for name in 'abcd']
-    picture = data.chart(panels, (300, 200))
-    assert picture.width == 600 and 400 < picture.height < 450
-    for k, colour in enumerate(data.COLOURS[:4]):
-        x, y = pixels_of(picture.crop((0, 0, 600, 400)), colour).mean(0)
-        assert (x // 300, y // 200) == (k % 2, k // 2)
-        assert len(pixels_of(picture.crop((0, 400, 600, picture.height)), colour))
 
 
 @pytest.mark.parametrize('ys', [
@@ -1365,7 +1268,6 @@ def test_pictures_are_saved_as_their_names_say():
             gif.seek(k)
             error = np.asarray(gif.convert('RGB')).astype(float) - np.asarray(picture)
             assert np.sqrt((error ** 2).mean()) < 3.2, k        # of 255: every frame in its colours
-    assert Path('a.gif').stat().st_size < 105000                                # not dithered
 
 
 # The metrics --------------------------------------------------------------------------------------
@@ -1474,7 +1376,6 @@ def test_mutual_information_gap_by_brute_force():
     mu = v[:, :1] * 5 + v[:, 1:2] // 8                  # ln 2 nats, all of v₀; ln 5, of v₁'s ln 40
     assert metrics.mutual_information_gap(mu, v)[0] == pytest.approx((1 + math.log(5, 40)) / 2)
     np.testing.assert_allclose(metrics.factor_shares(mu, v), [[1, math.log(5, 40), 0]], atol=1e-9)
-    np.testing.assert_allclose(metrics.entropy_of(v), [math.log(2), math.log(40), 0])
 
 
 @pytest.mark.parametrize('n, samples', [(3000, 150), (700, None)])
@@ -1498,7 +1399,6 @@ def test_elbo_decomposition_by_brute_force(n, samples):
     assert d['kl'] == pytest.approx(sum(parts))
     assert d['standard_error'] == pytest.approx(terms.sum(1).std(ddof=1) / len(chosen) ** 0.5)
     assert abs(d['kl'] - kl_divergence(q, p).sum(1).mean()) < 4 * d['standard_error']
-    assert d['kl'] != metrics.elbo_decomposition(mu, logvar, samples, 6)['kl']
     apart = metrics.elbo_decomposition(1e4 * mu, logvar, samples)           # no two overlap
     assert apart['mutual_information'] == pytest.approx(math.log(n)) == apart['ceiling']
 
@@ -1541,17 +1441,14 @@ BAD_INPUT = [           # what the error says, the function, the arguments of se
     ('factors: expected', accuracy, (VALUES, (5760, 1)), *[dict(factors=f) for f in (
         (), [0], [1, 1], [0, 4], [-1, 0], [0.0, 1.0], [True, False, True, False])]),
     ('mu: expected finite', MIG, (spoiled(np.nan), VALUES)),
-    ('mu: expected one array', MIG, (VALUES[:, 0], VALUES)),
     ('values: expected one array', MIG, (VALUES, VALUES[:-1])),
     ('values: .*varies', MIG, (VALUES, VALUES * 0)),
-    ('values: .*varies', metrics.factor_shares, (VALUES[:1], VALUES[:1])),
     ('values: expected', metrics.entropy_of, (VALUES / 2,), (spoiled(np.nan),), (VALUES[:, 0],)),
     ('bins: expected', MIG, *[(VALUES, VALUES, n) for n in (0, -1, 2.5)]),
     ('mu: expected finite', ELBO, (spoiled(np.nan), spoiled(0))),
     ('logvar: expected', ELBO, (spoiled(0), spoiled(np.nan)),
      (FLAT, FLAT[:, :1]), (FLAT[:, :1], FLAT), (FLAT, FLAT[:1]), (FLAT, FLAT - 60)),
-    ('samples.* from 2 to 50', ELBO, *[(FLAT, FLAT, n) for n in (0, 1, 51, 2.5)]),
-    ('samples', ELBO, (FLAT[:1], FLAT[:1])),
+    ('samples.* from 2 to', ELBO, (FLAT[:1],) * 2, *[(FLAT, FLAT, n) for n in (0, 1, 51, 2.5)]),
     *[(r'components.* from 1 to \d,', f, (VALUES, 5), (VALUES[:3], 3), (VALUES, 0), (VALUES, 2.5),
        (FLAT, 1), (VALUES[:1], 1), (RANK_2, 3)) for f in (metrics.pca, metrics.fast_ica)],
     ('x: expected finite', metrics.pca, (spoiled(np.nan), 2)),
