@@ -471,15 +471,20 @@ def test_large_data_the_spectrum_and_what_a_linear_decoder_would_use(capsys):
 
 @pytest.fixture
 def cuts(monkeypatch):
-    """{step: signal}, to be filled: each is raised once, in its step."""
+    """{step: signal}, to be filled: each is raised once, in its step. None is ignored, as SIGINT
+    would be in a shell's background."""
     cuts, batch = {}, betavae.batch
+    before = {number: signal.signal(number, signal.SIG_DFL)
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def interrupting(dataset, seed, step, *rest):
         if step in cuts:
             signal.raise_signal(cuts.pop(step))
         return batch(dataset, seed, step, *rest)
     monkeypatch.setattr(betavae, 'batch', interrupting)
-    return cuts
+    yield cuts
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_run_cut_by_any_signal_equals_an_uncut_one_bit_for_bit(cuts, monkeypatch, capsys):
