@@ -269,7 +269,8 @@ class Run:
     def under_way(self):
         """Hold the folder, resume what it holds, stop at a signal; after the last step `finish`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with data.locked(self.folder), on_signals(self.stop):
+        same_bits = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+        with data.locked(self.folder), on_signals(self.stop), same_bits:
             data.sweep(self.folder, age=0)
             if (self.folder / 'checkpoint.pt').exists():
                 self.resume(read_checkpoint(self.folder))
@@ -914,7 +915,7 @@ def options(*argv, **given):
     add('--seed', type=between(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
     add('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='(default: auto)')
     add('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
-        help='of the convolutions (default: auto, bf16 where the hardware supports it)')
+        help='of the convolutions (default: auto, bf16 on processors that have units for it)')
 
     words = [f'--{name.replace("_", "-")}' + f'={value}' * (name != 'tc')
              for name, value in given.items() if value is not None and value is not False]
@@ -947,7 +948,7 @@ def settle(settings, dataset):
     if s.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('there is no cuda device here')
     if s.precision == 'auto':
-        s.precision = 'bf16' if has_bf16(s.device) else 'fp32'
+        s.precision = 'bf16' if s.device == 'cpu' and has_bf16() else 'fp32'
     name = f'{Path(s.data).stem} {describe(s)}'.replace('β', 'beta').replace(',', '')
     name = re.sub('[^A-Za-z0-9.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
     s.run = s.run or str(Path('runs', name))
@@ -969,10 +970,9 @@ def describe(s):
     return ', '.join([f'{kind} {rise}', *unusual])
 
 
-def has_bf16(device):
-    """Whether there are arithmetic units for bfloat16: without them it is slower than float32."""
-    if device == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def has_bf16():
+    """Whether the processor has units for bfloat16: without them it is slower than float32. On a
+    GPU, where starting the kernels takes the time, the casts make it slower, too."""
     has = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(has.get('avx512_bf16') or has.get('amx_bf16'))
 

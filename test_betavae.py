@@ -742,10 +742,13 @@ def test_labels_tell_runs_apart_and_what_is_left_open_is_settled(monkeypatch):
         assert betavae.describe(s) == label and s.likelihood == 'gaussian'
         words = label.translate({ord('β'): 'beta', ord(','): None, ord('→'): None}).split()
         assert s.run == '-'.join(['runs/toy', *words] + ['seed-3'] * (s.seed == 3))
-    for has, precision in ((True, 'bf16'), (False, 'fp32')):
-        monkeypatch.setattr(betavae, 'has_bf16', lambda device: has and device == 'cpu')
-        s = betavae.settle(betavae.options(device='cpu'), toy())
-        assert (s.likelihood, s.latents, s.precision) == ('bernoulli', 32, precision)
+    for gpu, has, device, precision in ((False, True, 'cpu', 'bf16'), (False, False, 'cpu', 'fp32'),
+                                        (True, True, 'cuda', 'fp32')):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+        monkeypatch.setattr(betavae, 'has_bf16', lambda: has)
+        s = betavae.settle(betavae.options(), toy())
+        assert (s.likelihood, s.latents) == ('bernoulli', 32)
+        assert (s.device, s.precision) == (device, precision)
 
 
 # The command line and the script ------------------------------------------------------------------
