@@ -47,7 +47,8 @@ class Dataset:
 
     shape       (C, 64, 64) with C = 1 or 3
     factors     {name: number of values}; images are in C order over them: the last changes fastest
-    draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64), on one device
+    draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64). In training on a
+                GPU the indices are there; the images need not be
     size        N, where no factors are known
     """
     source = crop = None                    # where `load` found it, and how it was cropped
@@ -86,7 +87,7 @@ class Dataset:
         first, shape = parts[0], (min(len(index), 256), *self.shape)
         if not torch.is_tensor(first) or (first.dtype, first.shape) != (torch.uint8, shape):
             raise TypeError(f'draw must return a uint8 tensor of shape {shape}')
-        return torch.cat(parts) if len(parts) > 1 else first
+        return (torch.cat(parts) if len(parts) > 1 else first).to(index.device)
 
     def train_index(self, i):
         """The i-th index of the training part, i in 0 … train_size − 1 (array or tensor)."""

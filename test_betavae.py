@@ -782,10 +782,11 @@ def test_help_on_an_ascii_terminal_and_what_a_run_announces(monkeypatch, capsys,
     assert 'python betavae.py --beta 100 --anneal 40000' in help and 'of the KL term' in help
     cuts[2] = signal.SIGTERM
     monkeypatch.setattr(data, 'load', lambda *_: toy())
-    assert main('--beta', 4, '--anneal', 9, '--warmup', 7, '--steps', 5, '--batch', 4) == 130
+    words = '--device cpu --beta 4 --anneal 9 --warmup 7 --steps 5 --batch 4'.split()
+    assert main(*words) == 130
     error = capsys.readouterr().err
-    for words in ('9 steps, and there are 5', '7 steps, and there are 5', 'stopped at step 3'):
-        assert words in error
+    for what in ('9 steps, and there are 5', '7 steps, and there are 5', 'stopped at step 3'):
+        assert what in error
 
 
 def script(*words, python=sys.executable):
@@ -900,6 +901,9 @@ def test_images_by_index_and_errors_that_say_what_was_expected():
     x = own.images(torch.from_numpy(index).int())
     assert torch.is_tensor(x) and torch.equal(x[:, 0, 5, 5].long(), torch.from_numpy(index % 256))
     assert own.images([]).shape == (0, 1, 64, 64)
+    own.draw = lambda index: torch.zeros(len(index), 1, 64, 64, dtype=torch.uint8)  # where we are
+    assert own.images(torch.zeros(300, dtype=torch.int64, device='meta')).device.type == 'meta'
+    own.draw = numbered
     for bad in (3, [1.0], [True], ['a'], None, [[0]], torch.tensor(3), torch.ones(2)):
         with pytest.raises(TypeError, match='are integers .n,.'):
             own.images(bad)
