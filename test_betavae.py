@@ -316,6 +316,15 @@ def test_batches_are_training_images_all_of_them_and_normal_noise():
     assert not any(map(torch.equal, again * 3, itertools.chain(*others)))
 
 
+def test_on_cuda_a_step_has_deterministic_algorithms_and_nothing_else_has():
+    seen = []
+    dataset = toy()
+    drawn = dataset.draw
+    dataset.draw = lambda index: (seen.append(torch.backends.cudnn.deterministic), drawn(index))[1]
+    train(1, dataset)
+    assert seen[-1] and not torch.backends.cudnn.deterministic and torch.backends.cudnn.enabled
+
+
 def test_the_first_weights_are_those_of_the_seed_and_of_plain_layers():
     before = torch.get_rng_state()
     options = [betavae.options(seed=seed, latents=3, device='cpu') for seed in (0, 0, 1)]
