@@ -316,13 +316,15 @@ def test_batches_are_training_images_all_of_them_and_normal_noise():
     assert not any(map(torch.equal, again * 3, itertools.chain(*others)))
 
 
-def test_on_cuda_a_step_has_deterministic_algorithms_and_nothing_else_has():
-    seen = []
-    dataset = toy()
-    drawn = dataset.draw
-    dataset.draw = lambda index: (seen.append(torch.backends.cudnn.deterministic), drawn(index))[1]
-    train(1, dataset)
-    assert seen[-1] and not torch.backends.cudnn.deterministic and torch.backends.cudnn.enabled
+def test_on_cuda_training_has_deterministic_algorithms_and_what_comes_after_has_not(monkeypatch):
+    seen, objective = [], betavae.objective
+
+    def watched(*args, **terms):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic))
+        return objective(*args, **terms)
+    monkeypatch.setattr(betavae, 'objective', watched)
+    train(2)
+    assert seen[:2] == [(True, True)] * 2 and not torch.backends.cudnn.deterministic
 
 
 def test_the_first_weights_are_those_of_the_seed_and_of_plain_layers():
