@@ -754,8 +754,8 @@ def draw_comparison(out, rows, dataset):
         pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
         if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
-            lines[first['beta'] / 2] = lines.get(first['beta'] / 2, '') + (
-                f"    {label}: {first['linear_latents']} predicted, active: {active}")
+            lines.setdefault(first['beta'] / 2, f"{first['linear_latents']} predicted, active:")
+            lines[first['beta'] / 2] += f'    {label}: {active}'
     data.save_picture(out / 'comparison.jpg', data.sheet(
         torch.stack(list(pictures.values())), list(pictures),
         'the latent of largest KL from its smallest to its largest value, all others 0'))
