@@ -44,7 +44,8 @@ class BetaVAE(nn.Module):
     """The convolutional network of Higgins et al. 2017 (appendix A.1) for images of 64 × 64 pixels.
 
     leak    slope of the ReLUs below zero: 0 in the paper, 0.2 in yukunchen113/Beta-VAE and here. A
-            plain ReLU that long pressure on the codes has made negative everywhere never recovers.
+            plain ReLU that is negative on every image has no gradient; long pressure on the codes
+            can do that to all of a layer.
     bf16    convolutions in bfloat16; weights, posterior and losses are float32 either way
     """
 
@@ -162,7 +163,7 @@ def total_correlation(z, mu, logvar, n):
 
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
-    exact for M = N, unbiased for different images; `batch` may repeat one: off by up to 1/N.
+    exact for M = N, unbiased for different images; `batch` may repeat some: up to q(z|n*) / N more.
     """
     m = len(z)
     others = math.log((n - 1) / (n * max(1, m - 1)))
