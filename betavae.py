@@ -44,8 +44,7 @@ class BetaVAE(nn.Module):
     """The convolutional network of Higgins et al. 2017 (appendix A.1) for images of 64 × 64 pixels.
 
     leak    slope of the ReLUs below zero: 0 in the paper, 0.2 in yukunchen113/Beta-VAE and here. A
-            plain ReLU that is negative on every image has no gradient; long pressure on the codes
-            can do that to all of a layer.
+            plain ReLU that pressure has made negative on every image has no gradient: it is dead.
     bf16    convolutions in bfloat16; weights, posterior and losses are float32 either way
     """
 
@@ -733,7 +732,8 @@ def chart_of(runs, axes):
     series = {}
     for y, run in itertools.product(ys.split(','), runs):
         if all(isinstance(run.get(axis), (int, float)) for axis in (x, y)):
-            words = ([f'{name} {run.get(name)}' for name in varying] if x in given else
+            words = ([f'{name} {run.get(name)}'.removesuffix(' True') for name in varying
+                      if run.get(name) is not False] if x in given else
                      [run['label']]) + [y.replace('_', ' ')] * (',' in ys)
             series.setdefault(', '.join(words), []).append((run[x], run[y]))
     if not series:

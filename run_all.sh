@@ -86,8 +86,9 @@ dsprites)
         done
         sprites tc-6 --seed $seed --tc --beta 6
     done
-    views=(--pairs 1,20,64 --factors 4,5 --chart beta:accuracy_K4_L20,accuracy_K4_L20_samples
-        --chart mig:reconstruction --chart reconstruction:accuracy_K4_L20_samples) ;;
+    views=(--pairs 1,5,20,64,200 --factors 4,5 --chart beta:accuracy_K4_L1,accuracy_K4_L1_samples
+        --chart beta:accuracy_K4_L20,accuracy_K4_L20_samples --chart mig:reconstruction
+        --chart reconstruction:accuracy_K4_L20_samples) ;;
 capacity)
     train dsprites-capacity --data dsprites --capacity 25 --anneal 100000 --steps 100000 ;;
 esac
