@@ -648,10 +648,11 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     shown = dict(comparison=['reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig',
                              'mig_samples', 'top_latent', 'top_latent_by_mean'],
                  factors=['share of row', 'share of column', 'share of dark|light'], metric=names)
+    label = 'β 1, latents 3, batch 16, 30 steps'
     for title, columns in shown.items():
         head, both, last = cells(f'out/{title}.md')
         assert head == ['run', 'seeds', *(name.replace('_', ' ') for name in columns)]
-        assert both[:2] == ['β 1, latents 3, batch 16, 30 steps', '0, 1'] and last[1] == '0'
+        assert both[:2] == [label, '0, 1'] and last[1] == '0'
         percent, near = (1, 6e-4) if title == 'comparison' else (100, 0.051)
         for name, cell, lone in zip(columns, both[2:], last[2:], strict=True):
             a, b, c = (run[name] for run in runs)
@@ -690,7 +691,9 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     a, b, c = (run['kl'] for run in runs)
     seeds, (x, y, *_) = result['series'].values()
     assert (x, y) == (c, runs[2]['mig']) and set(seeds[0]) == {a, b} and result['points']
-    assert list(spectrum['lines']) == [0.5, 1.5]
+    a, b, _ = (run['active_latents'] for run in runs)
+    assert list(spectrum['lines']) == [0.5, 1.5] and spectrum['lines'][0.5] == (
+        f"{runs[0]['linear_latents']} predicted, active:    {label}: {a}, {b}")
     for name in ('comparison.jpg', 'spectrum.png', 'metric.png', 'beta-kl-mig.png', 'kl-mig.png'):
         Image.open(f'out/{name}').load()
     assert main(*command) == 0 and len(asked) == 24                     # nothing is computed twice
@@ -701,6 +704,13 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     capsys.readouterr()
     assert main('compare', 'a', 'b', 'c') == 0 and 'no pictures' in capsys.readouterr().out
     assert main('compare', 'a', 'b', 'c', '--pairs', 5) == 2
+
+
+def test_a_chart_against_an_option_names_what_else_varies(monkeypatch):
+    monkeypatch.setattr(data, 'chart', lambda panels: panels[0]['series'])
+    runs = [vars(betavae.options(beta=beta, tc=tc, leak=leak)) | dict(kl=beta)
+            for beta, tc, leak in ((1, False, 0.2), (4, False, 0.2), (6, True, 0))]
+    assert list(betavae.chart_of(runs, 'beta:kl')) == ['leak 0.2', 'tc, leak 0.0']
 
 
 def test_of_more_than_a_million_images_only_those_asked_for_are_encoded(trained, capsys):
