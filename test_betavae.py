@@ -710,7 +710,7 @@ def test_a_chart_against_an_option_names_what_else_varies(monkeypatch):
     monkeypatch.setattr(data, 'chart', lambda panels: panels[0]['series'])
     runs = [vars(betavae.options(beta=beta, tc=tc, leak=leak)) | dict(kl=beta)
             for beta, tc, leak in ((1, False, 0.2), (4, False, 0.2), (6, True, 0))]
-    assert list(betavae.chart_of(runs, 'beta:kl')) == ['leak 0.2', 'tc, leak 0.0']
+    assert list(betavae.chart_of(runs, 'beta:kl')) == ['leak 0.2', 'leak 0.0, tc']
 
 
 def test_of_more_than_a_million_images_only_those_asked_for_are_encoded(trained, capsys):
