@@ -755,15 +755,17 @@ def draw_comparison(out, rows, dataset):
         pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
         if first['linear_latents'] is not None:
             active = ', '.join(str(run['active_latents']) for run in row)
-            lines.setdefault(first['beta'] / 2, f"{first['linear_latents']} predicted, active:")
-            lines[first['beta'] / 2] += f'    {label}: {active}'
+            lines.setdefault(first['beta'] / 2, {}).setdefault(
+                f"{first['linear_latents']} predicted, active:", []).append(f'{label}: {active}')
     data.save_picture(out / 'comparison.jpg', data.sheet(
         torch.stack(list(pictures.values())), list(pictures),
         'the latent of largest KL from its smallest to its largest value, all others 0'))
     if lines:
         data.save_picture(out / 'spectrum.png', data.chart([dict(
             title='Variance λ of the pixels in each principal direction (dots), and β/2 (lines)',
-            x='direction', log_y=True, points=True, lines=lines,
+            x='direction', log_y=True, points=True,
+            lines={y: '    '.join('    '.join([count, *found]) for count, found in line.items())
+                   for y, line in lines.items()},
             series={'': (np.arange(1, 33), spectrum(dataset)[:32].numpy())})], size=(900, 400)))
 
 

@@ -694,6 +694,11 @@ def test_compare_tables_scores_and_charts(trained, capsys, monkeypatch):
     a, b, _ = (run['active_latents'] for run in runs)
     assert list(spectrum['lines']) == [0.5, 1.5] and spectrum['lines'][0.5] == (
         f"{runs[0]['linear_latents']} predicted, active:    {label}: {a}, {b}")
+    run = betavae.read_run(Path('a'))                   # one β, but not one number of latents
+    betavae.draw_comparison(Path('out'), {
+        name: [run | dict(linear_latents=n)] for name, n in (('p', 1), ('q', 2), ('r', 1))}, toy())
+    assert charts[-1][0]['lines'] == {0.5: f'1 predicted, active:    p: {a}    r: {a}    '
+                                           f'2 predicted, active:    q: {a}'}
     for name in ('comparison.jpg', 'spectrum.png', 'metric.png', 'beta-kl-mig.png', 'kl-mig.png'):
         Image.open(f'out/{name}').load()
     assert main(*command) == 0 and len(asked) == 24                     # nothing is computed twice
