@@ -1,7 +1,7 @@
 """β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β. To be read beside the paper.
 
     python betavae.py --beta 100 --anneal 40000     pictures in runs/ after seconds, the last after
-                                                    about an hour; after Ctrl-C it resumes
+                                                    half an hour to two; after Ctrl-C it resumes
     python betavae.py compare runs/A runs/B         finished runs in tables and on one sheet
 
 Sections 1 to 3 are the model, the objective and the training. What surrounds them comes after:
@@ -162,7 +162,7 @@ def total_correlation(z, mu, logvar, n):
 
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
-    exact for M = N, unbiased for different images; `batch` may repeat some: up to q(z|n*) / N more.
+    exact for M = N, unbiased for distinct images; drawn by `batch`, (q(z|n*) − q(z)) / N too large.
     """
     m = len(z)
     others = math.log((n - 1) / (n * max(1, m - 1)))
