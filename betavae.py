@@ -1,14 +1,16 @@
 """β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β. To be read beside the paper.
 
     python betavae.py --beta 100 --anneal 40000     pictures in runs/ after seconds, the last after
-                                                    half an hour to two; after Ctrl-C it resumes
+                                                    half an hour to two; after Ctrl-C the same
+                                                    command resumes
     python betavae.py compare runs/A runs/B         finished runs in tables and on one sheet
 
 Sections 1 to 3 are the model, the objective and the training. What surrounds them comes after:
 4 a run's folder, 5 its summary and pictures, 6 the comparison of runs, 7 the command line.
 
 Letters, as in the paper: x an image, z its code, q(z|x) = N(mu, exp(logvar)) the encoder, p(x|z)
-the decoder; B images in a batch, M of N images, C channels, J latents, K factors, L pairs.
+the decoder; B images in a batch (M in Chen et al. 2018), N in the data set; C channels, J latents,
+K factors, L pairs.
 """
 import argparse
 import contextlib
@@ -74,7 +76,7 @@ class BetaVAE(nn.Module):
         """Images, float32 (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), float32 (B, J)."""
         if x.dtype != torch.float32 or x.shape[1:] != self.shape:
             raise ValueError(f'expected float32 (B, C, 64, 64), not {x.dtype} {tuple(x.shape)}')
-        x = x.contiguous(memory_format=torch.channels_last)         # the fastest for convolutions
+        x = x.contiguous(memory_format=torch.channels_last)         # fastest for convolutions
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             h = self.encoder(x)                                             # (B, 256)
         return self.posterior(h.float()).chunk(2, dim=1)
@@ -138,7 +140,7 @@ def reconstruction(logits, x, likelihood):
     """− log p(x|z) in nats per image: summed over C × 64 × 64 values, averaged over the batch.
 
     bernoulli   − x log p − (1 − x) log (1 − p), cross-entropy, with p = sigmoid(logits)
-    gaussian    (x − p)², that of variance ½ without its constant ½ ln π for each value
+    gaussian    (x − p)²: of variance ½, without the constant ½ ln π of each value
     """
     if likelihood == 'bernoulli':
         return F.binary_cross_entropy_with_logits(logits, x, reduction='sum') / len(x)
@@ -163,6 +165,7 @@ def total_correlation(z, mu, logvar, n):
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
     exact for M = N, unbiased for distinct images; drawn by `batch`, (q(z|n*) − q(z)) / N too large.
+    Its logarithm is biased all the same: with few images the result may be negative.
     """
     m = len(z)
     others = math.log((n - 1) / (n * max(1, m - 1)))
@@ -213,24 +216,19 @@ def batch(dataset, seed, step, size, latents, device):
     generator = torch.Generator(device).manual_seed(int(entropy[0]))
     i = torch.randint(dataset.train_size, (size,), generator=generator, device=device)
     noise = torch.randn(size, latents, generator=generator, device=device)
-    return as_input(dataset.images(dataset.train_index(i))), noise
-
-
-def as_input(images):
-    """uint8 (B, C, 64, 64) → float32 in [0, 1]."""
-    return images / 255
+    return dataset.images(dataset.train_index(i)) / 255, noise
 
 
 @torch.no_grad()
 def evaluate(model, images, beta, terms):
-    """Loss, reconstruction and KL_j of held-out images, uint8 (n, C, 64, 64), with fixed noise: a
-    tensor (2 + J,). Each row of the log and the summary of a run have it."""
+    """Loss, reconstruction and KL_j of held-out images, uint8 (n, C, 64, 64), with fixed noise:
+    (2 + J,). For each row of the log and for the summary."""
     noise = fixed_noise(len(images), model.latents).to(images.device)
-    loss, recon, kl = objective(model, as_input(images), noise, beta, **terms)
+    loss, recon, kl = objective(model, images / 255, noise, beta, **terms)
     return torch.stack([loss, recon, *kl])
 
 
-# 4 A run's folder: checkpoint.pt is the run; all else are views, which resuming never reads -------
+# 4 A run's folder: checkpoint.pt is the run; all else, but for scores.json, is remade from it -----
 
 ROW = 100               # steps from one row of the log to the next
 PICTURES = 5000         # steps from one set of pictures to the next, denser at the start
@@ -402,9 +400,9 @@ def refuse_diverged(model, optimiser, step, folder):
 
 
 def write_checkpoint(folder, state):
-    """checkpoint.pt, which resuming reads; before it two views, so that a run whose settings.json
-    and summary.json agree on the steps has no later checkpoint. In log.csv loss, recon and KL_j are
-    means over the steps since the last row."""
+    """checkpoint.pt, which is all that resuming reads, after two views of it: once more --steps are
+    asked for, settings.json says so first, and `read_run` takes the run as unfinished. In log.csv
+    loss, recon and KL_j are means over the steps since the last row."""
     data.write_json(folder / 'settings.json', state['settings'] | dict(
         python=sys.version.split()[0], torch=torch.__version__))
     kl = ','.join(f'kl_{j}' for j in range(state['settings']['latents']))
@@ -441,10 +439,11 @@ def read_checkpoint(folder):
         raise UserError(f'there is no {path}: is {folder} the folder of a run?')
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()                     # by checksums, which torch ignores
+            if damaged := archive.testzip():                # by checksums, which torch ignores
+                raise ValueError(f'{damaged} is damaged')
         state = torch.load(path, map_location='cpu', weights_only=True)
-        if damaged or state['settings'].keys() != vars(options()).keys() - {'run'}:
-            raise ValueError(f'{damaged} is damaged' if damaged else 'written by another version')
+        if state['settings'].keys() != vars(options()).keys() - {'run'}:
+            raise ValueError('written by another version')
         return state
     except (OSError, MemoryError):                          # it may well be valid
         raise
@@ -483,7 +482,7 @@ def progress_line(settings, step, beta, recon, *kl):
 def codes_of(model, images):
     """μ and log σ² of images, uint8 (n, C, 64, 64): float32 (n, J) each, on the CPU."""
     device = next(model.parameters()).device
-    codes = [model.encode(as_input(part.to(device)))
+    codes = [model.encode(part.to(device) / 255)
              for part in torch.as_tensor(images).split(64)]                 # 64 fit the caches
     return tuple(torch.cat(part).cpu() for part in zip(*codes))
 
@@ -527,13 +526,13 @@ def spectrum(dataset, n=1500):
     decoder then uses #{λ_i > β/2} latents (Tipping and Bishop 1999; Lucas et al. 2019).
     """
     i = np.random.default_rng(0).integers(dataset.train_size, size=n)
-    x = as_input(torch.from_numpy(dataset.images(dataset.train_index(i)))).flatten(1)
+    x = torch.from_numpy(dataset.images(dataset.train_index(i))).flatten(1) / 255
     x -= x.mean(0)
     return torch.linalg.eigvalsh(x @ x.T / n).flip(0)           # those of xᵀx / n, which is larger
 
 
 def linear_latents(dataset, settings):
-    """#{λ_i > β/2} at the last β, at most J; None for another objective or likelihood."""
+    """#{λ_i > β/2} at --beta, where β ends, at most J; None for another objective or likelihood."""
     if settings.likelihood != 'gaussian' or settings.tc or settings.capacity is not None:
         return None
     return min(settings.latents, int((spectrum(dataset) > settings.beta / 2).sum()))
@@ -606,9 +605,10 @@ def draw(folder, model, settings, summary, log, frames, held_out):
         ['others at 0', 'all + 1 st. dev.', 'all + 2 st. dev.'], f'{title}: {labels[0]}'))
 
     values = -torch.cos(torch.linspace(0, math.pi, 9))                      # -1 → 1
-    moving = means_of(model, torch.stack([traverse(z, shown, values) for z in mu[:8]], 1))
+    moving = means_of(model, torch.stack(                                   # (shown, 8, 9, …)
+        [traverse(z, shown, values) for z in mu[:8]], 1))
     sheets = [data.sheet(moving[:, :, t], [names[j] for j in shown], notes=notes, scale=1)
-              for t in range(9)]                                        # of (J, 8, 9, C, 64, 64)
+              for t in range(9)]
     data.save_gif(folder / 'traversal.gif', sheets + sheets[-2:0:-1], 90)   # … and back
     data.save_gif(folder / 'training.gif', [
         data.sheet(torch.stack([eight, frames[n]]), ['held out', 'reconstructed'], f'step {n:,}')
@@ -678,8 +678,12 @@ def read_run(folder):
     """Settings, summary and scores of a finished run in one dictionary. Without its checkpoint.pt,
     as in results/, it can be tabulated, but not scored or drawn."""
     files = (folder / f'{name}.json' for name in ('settings', 'summary', 'scores'))
-    settings, summary, scores = (json.loads(file.read_text()) if file.exists() else {}
-                                 for file in files)
+    try:
+        settings, summary, scores = (json.loads(file.read_text()) if file.exists() else {}
+                                     for file in files)
+    except ValueError as error:
+        raise UserError(f'{folder} holds a damaged .json file ({error}); delete it, and repeat the '
+                        'command that made it') from None
     if 'label' not in summary or summary['steps'] != settings.get('steps'):
         raise UserError(f'{folder} is not the folder of a finished run. To end one where it '
                         'stopped, repeat its command with --steps and the step it had reached')
@@ -810,10 +814,10 @@ def score(run, dataset, pairs, factors, train):
 
 def encoder(run, dataset, total):
     """A function from indices (n,), `total` of them over all calls, to codes (n, 2, J): posterior
-    means, and samples, of which each image has one."""
+    means, and samples: one for each image, of at most a million."""
     model = load(run['folder'], run['precision'])
     rng = np.random.default_rng(run['seed'])
-    small = len(dataset) <= 10 ** 6                 # of two billion faces none comes twice
+    small = len(dataset) <= 10 ** 6                 # of two billion faces few come twice
     total = len(dataset) if small else total
     progress = data.Progress(total)
     done = 0
@@ -953,7 +957,7 @@ def settle(settings, dataset):
     if s.precision == 'auto':
         s.precision = 'bf16' if s.device == 'cpu' and has_bf16() else 'fp32'
     name = f'{Path(s.data).stem} {describe(s)}'.replace('β', 'beta').replace(',', '')
-    name = re.sub('[^A-Za-z0-9.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
+    name = re.sub(r'[^\w.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
     s.run = s.run or str(Path('runs', name))
     return s
 

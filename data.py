@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-HELD_OUT_EVERY = 19     # coprime to the sizes of all factors: both parts hold each value of each
+HELD_OUT_EVERY = 19     # where no factor has so many values, both parts hold each value of each
 
 
 class UserError(ValueError):
-    """What the user can mend. Its message is one line: what, where, what to do."""
+    """An error that the user can mend. Its message is one line: what, where, what to do."""
 
     def __init__(self, message):
         super().__init__(one_line(message))
@@ -48,7 +48,7 @@ class Dataset:
     shape       (C, 64, 64) with C = 1 or 3
     factors     {name: number of values}; images are in C order over them: the last changes fastest
     draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64). In training on a
-                GPU the indices are there; the images need not be
+                GPU the indices are on it; the images may be anywhere
     size        N, where no factors are known
     """
     source = crop = None                    # where `load` found it, and how it was cropped
@@ -64,6 +64,9 @@ class Dataset:
         self.train_size = self.size - math.ceil(self.size / HELD_OUT_EVERY)
         if self.shape not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f'shape must be (1, 64, 64) or (3, 64, 64), not {self.shape}')
+        if any(n % HELD_OUT_EVERY == 0 for n in self.factor_sizes[1:]):
+            raise ValueError(f'a factor with {HELD_OUT_EVERY} values, or a multiple, must be the '
+                             'first: few of them would be held out')
 
     def __len__(self):
         return self.size
@@ -72,7 +75,7 @@ class Dataset:
         """Images by flat index, integers (n,): uint8 (n, C, 64, 64), values 0 to 255.
 
         A tensor gives a tensor on its device, all else an array. Raises TypeError for anything but
-        integers (n,) and, where looking stalls no GPU, IndexError outside 0 … N − 1.
+        integers (n,) and IndexError outside 0 … N − 1, but on a GPU, which it would stall.
         """
         given = index if torch.is_tensor(index) else np.asarray(index)
         if given.ndim != 1 or len(given) and 'int' not in str(given.dtype):
@@ -84,7 +87,8 @@ class Dataset:
             raise IndexError(f'there are images 0 to {self.size - 1}, not {index.min()} to '
                              f'{index.max()}')
         parts = [self.draw(part) for part in index.split(256)]              # 256 fit the caches
-        first, shape = parts[0], (min(len(index), 256), *self.shape)
+        first = parts[0]
+        shape = min(len(index), 256), *self.shape
         if not torch.is_tensor(first) or (first.dtype, first.shape) != (torch.uint8, shape):
             raise TypeError(f'draw must return a uint8 tensor of shape {shape}')
         return (torch.cat(parts) if len(parts) > 1 else first).to(index.device)
@@ -100,9 +104,9 @@ class Dataset:
 
     def identity(self):
         """What tells this data from other data, as JSON: sizes, and a hash of the factors in order
-        and of 16 images; of drawn ones the mean colours, as processors round pixels differently."""
+        and of 16 images; of those drawn here the mean colours, as processors round differently."""
         images = self.images([k * (self.size - 1) // 15 for k in range(16)])
-        seen = images.mean((2, 3)).round() if self.factors else images
+        seen = images.mean((2, 3)).round() if self.name in ('faces', 'dsprites') else images
         content = repr(list(self.factors.items())).encode() + seen.astype(int).tobytes()
         return dict(size=self.size, shape=list(self.shape), factors=self.factors,
                     sha256=hashlib.sha256(content).hexdigest())
@@ -124,7 +128,7 @@ def load(source, crop=None):
         dataset = dsprites(source)
     elif source:
         dataset = photographs(Path(source).resolve(), crop)
-    else:                               # which pathlib takes for the current folder
+    else:                               # Path('') would be the current folder
         raise UserError('--data is empty: give faces, dsprites, a folder, .zip or dSprites .npz')
     dataset.source = source if drawn else os.path.abspath(source)
     dataset.crop = crop
@@ -294,10 +298,10 @@ def faces():
         n = len(index)
         m = tables(index.device)
         fixed = m['fixed']
-        v = {}                          # the factors' values, (n,) each, as torch.unravel_index …
-        for name, size in reversed(FACES.items()):
+        v = {}                          # the factors' values, (n,) each
+        for name, size in reversed(FACES.items()):      # torch.unravel_index would stall a GPU
             v[name] = index % size
-            index = index // size       # … which would stall a GPU
+            index = index // size
         level = {k: v[k].float()[:, None] / (size - 1) for k, size in FACES.items()}    # (n, 1)
 
         def row(name, factor):
@@ -431,7 +435,7 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -471,7 +475,7 @@ def on_terminal():
 
 class Progress:
     """A line that says what, how long still and how fast, by the speed of the last minute: redrawn
-    in place on a terminal, else printed every ten seconds. `size` images are a unit of `total`."""
+    in place on a terminal, else printed every ten seconds. A unit of `total` is `size` images."""
 
     def __init__(self, total, done=0, size=1):
         self.total = total
@@ -608,8 +612,10 @@ def chart(panels, size=(460, 320)):
     logarithmic axis, is a gap. The series '' is not in the legend.
     """
     across = len(panels) if len(panels) < 4 else 2
-    width, height = min(size[0], PAGE // across), size[1]
-    full, high = across * width, math.ceil(len(panels) / across) * height
+    width = min(size[0], PAGE // across)
+    height = size[1]
+    full = across * width
+    high = math.ceil(len(panels) / across) * height
     names = list(dict.fromkeys(name for panel in panels for name in panel['series'] if name))
     wide = 44 + max((width_of(latin(name), 12) for name in names), default=0)
     columns = max(1, (full - 16) // wide)
@@ -628,7 +634,8 @@ def chart(panels, size=(460, 320)):
 
 def draw_panel(panel, width, height, colours):
     """A panel of a chart. Data are drawn larger and reduced; text, drawn as it is, stays sharp."""
-    series, lines = panel['series'], panel.get('lines', {})
+    series = panel['series']
+    lines = panel.get('lines', {})
     top, bottom, right = 50, height - 42, width - 16
     xs = np.concatenate([[], *(x for x, *_ in series.values())])
     ys = np.concatenate([[], *(y for _, *rest in series.values() for y in rest), [*lines]])

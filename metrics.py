@@ -99,8 +99,8 @@ def features(encode, sizes, pairs, factors, points, rng):
     k = rng.integers(len(factors), size=points)
     chunks = min(points, math.ceil(points * pairs / 512))                   # bounds the memory
     for shared in np.array_split(k, chunks):
-        v = rng.integers(sizes, size=(2, len(shared), pairs, len(sizes)))   # v₁ and v₂
-        same = np.arange(len(sizes)) == factors[shared][:, None, None]      # (n, 1, K)
+        v = rng.integers(sizes, size=(2, len(shared), pairs, len(sizes)))   # v₁, v₂
+        same = np.arange(len(sizes)) == factors[shared][:, None, None]      # (n, 1, all)
         v[1] = np.where(same, v[0], v[1])
         index = np.ravel_multi_index(tuple(np.moveaxis(v, -1, 0)), tuple(sizes))    # (2, n, L)
         mu = as_codes(encode(index.ravel()), 'codes from encode', index.size)
@@ -221,7 +221,7 @@ def elbo_decomposition(mu, logvar, samples=None, rng=None):
     rng         a numpy.random.Generator, or a seed for one (default: 2018)
 
     mutual_information, total_correlation and dimension_wise_kl (J,) sum exactly to `kl`, an
-    estimate of the KL term; that is within a few times `standard_error` of the analytic one.
+    estimate of the analytic KL term, usually within a few `standard_error` of it.
 
     The mutual information is at most ln N, returned as `ceiling`. Within about 0.3 nats of it, the
     split between mutual information and total correlation is unresolved: whatever the first lacks
@@ -262,8 +262,8 @@ def elbo_decomposition(mu, logvar, samples=None, rng=None):
 
 def pca(x, components=10):
     """Principal components of rows x (n, D) → the mean (D,) and a matrix (D, components) such that
-    the codes (x − mean) @ matrix are uncorrelated on x and of unit variance, the component that
-    explains most last. Raises ValueError if the rank of the covariance is below `components`."""
+    the codes (x − mean) @ matrix are uncorrelated on x and of unit variance, in order of rising
+    explained variance. Raises ValueError if the rank of the covariance is below `components`."""
     x = as_codes(x, 'x')
     mean = x.mean(0)
     centred = x - mean
@@ -274,7 +274,7 @@ def pca(x, components=10):
 
 
 def fast_ica(x, components=10, rng=None):
-    """FastICA (Hyvärinen 1999: symmetric, tanh, at most 200 iterations) of whitened principal
+    """FastICA (Hyvärinen 1999; symmetric, tanh, here at most 200 iterations) of whitened principal
     components: as pca, a mean and a matrix, but in no particular order."""
     mean, whiten = pca(x, components)
     s = (as_codes(x, 'x') - mean) @ whiten                                  # (n, components)

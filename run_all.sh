@@ -4,14 +4,15 @@
 #     ./run_all.sh [GROUP] [--print] [OPTION…]
 #
 #     eight       (default) the eight runs of yukunchen113/Beta-VAE, on faces
-#     short       a tenth of their length with three seeds, and what their claims need besides
+#     short       a tenth of their length with three seeds, and what else their claims need
 #     latents6    six latents, β 0.1 to 10 on standardised pixels
 #     dsprites    the score against β, and β-TCVAE, on dSprites, three seeds each
 #     capacity    a capacity that rises to 25 nats, on dSprites
 #
 # Options go to every run: --steps 300 for a quick look, --data img_align_celeba.zip --crop 128 for
 # CelebA. Started again, it resumes. The runs land in runs/, or where the variable RUNS says.
-# --print only prints the commands, a line each, to spread them over cores or machines:
+# --print only prints the commands, a line each, to spread them over cores or machines; afterwards
+# the same command without it makes the tables:
 #
 #     ./run_all.sh --print | OMP_NUM_THREADS=1 xargs -P 2 -L 1 env
 set -u
@@ -41,7 +42,7 @@ run() {         # in the background, so that a signal is passed on at once
 
 train() {       # a name and options; those given to the script come last and so win
     set -- --run "$runs/$1" "${@:2}" ${options[@]+"${options[@]}"}
-    [ $print ] && { printf '%q ' "$python" "$program" "$@"; echo; return; }
+    [ $print ] && { printf '%q' "$python"; printf ' %q' "$program" "$@"; echo; return; }
     echo "== $2"
     run "$@"; local code=$?
     case $code in
@@ -73,7 +74,7 @@ short)
         tenth VAE-2500-steps 2500
         tenth KLD_Decrease_10000_steps-10000to1-Beta-VAE 12500 --beta-from 10000 --anneal 10000
     done ;;
-latents6)       # β times 0.0544, the faces' pixel variance: squared errors divided by it have β
+latents6)       # β × 0.0544, the faces' pixel variance: that of squared errors divided by it
     for beta in 0.1:0.00544 1:0.0544 2:0.1088 10:0.544; do
         train 6-latents-beta-${beta%:*} --latents 6 --beta ${beta#*:} --steps 10000
     done
