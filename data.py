@@ -106,7 +106,7 @@ class Dataset:
         """What tells this data from other data, as JSON: sizes, and a hash of the factors in order
         and of 16 images; of those drawn here the mean colours, as processors round differently."""
         images = self.images([k * (self.size - 1) // 15 for k in range(16)])
-        seen = images.mean((2, 3)).round() if self.name in ('faces', 'dsprites') else images
+        seen = images.mean((2, 3)).round() if self.factors in (FACES, DSPRITES) else images
         content = repr(list(self.factors.items())).encode() + seen.astype(int).tobytes()
         return dict(size=self.size, shape=list(self.shape), factors=self.factors,
                     sha256=hashlib.sha256(content).hexdigest())

@@ -999,8 +999,7 @@ def test_a_data_set_that_contradicts_itself_or_its_draw_is_refused():
 
 
 def test_identity_changes_with_all_that_matters():
-    def identity(name='own', draw=numbered, **factors):
-        factors = factors or {'a': 20, 'b': np.int64(3)}
+    def identity(name='own', draw=numbered, factors={'a': 20, 'b': np.int64(3)}):
         return data.Dataset(name, (1, 64, 64), factors, draw).identity()
     assert identity() == identity('moved') == json.loads(json.dumps(identity()))
 
@@ -1008,9 +1007,11 @@ def test_identity_changes_with_all_that_matters():
         x = numbered(index).clone()
         x[:, :, 0, 0] ^= 1
         return x
-    assert identity('faces') == identity('faces', nudged)
-    others = [identity(b=3, a=20), identity(a=60), identity(draw=nudged), identity('faces'),
-              identity('faces', lambda i: numbered(i) + (i == 59).byte().view(-1, 1, 1, 1))]
+    drawn = functools.partial(identity, factors=data.FACES)
+    assert drawn() == drawn(draw=nudged) != drawn(draw=lambda index: 255 - numbered(index))
+    others = [identity(factors={'b': 3, 'a': 20}), identity(factors={'a': 60}),
+              identity(draw=nudged), identity(draw=lambda index: 255 - numbered(index)),
+              identity(draw=lambda i: numbered(i) + (i == 59).byte().view(-1, 1, 1, 1))]
     assert len({identity['sha256'] for identity in [identity(), *others]}) == 6
 
 
