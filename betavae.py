@@ -1,8 +1,8 @@
 """β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β. To be read beside the paper.
 
     python betavae.py --beta 100 --anneal 40000     pictures in runs/ after seconds, the last after
-                                                    half an hour to two; after Ctrl-C the same
-                                                    command resumes
+                                                    half an hour to two hours; the same command
+                                                    resumes after Ctrl-C
     python betavae.py compare runs/A runs/B         finished runs in tables and on one sheet
 
 Sections 1 to 3 are the model, the objective and the training. What surrounds them comes after:
@@ -164,7 +164,7 @@ def total_correlation(z, mu, logvar, n):
 
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
-    exact for M = N, unbiased for distinct images; drawn by `batch`, (q(z|n*) − q(z)) / N too large.
+    exact for M = N, unbiased for distinct images; `batch` adds (q(z|n*) − q(z)) / N on average.
     Its logarithm is biased all the same: with few images the result may be negative.
     """
     m = len(z)
@@ -532,7 +532,7 @@ def spectrum(dataset, n=1500):
 
 
 def linear_latents(dataset, settings):
-    """#{λ_i > β/2} at --beta, where β ends, at most J; None for another objective or likelihood."""
+    """#{λ_i > β/2} at the final β, at most J; None for another objective or likelihood."""
     if settings.likelihood != 'gaussian' or settings.tc or settings.capacity is not None:
         return None
     return min(settings.latents, int((spectrum(dataset) > settings.beta / 2).sum()))
@@ -677,19 +677,23 @@ def compare(argv):
 def read_run(folder):
     """Settings, summary and scores of a finished run in one dictionary. Without its checkpoint.pt,
     as in results/, it can be tabulated, but not scored or drawn."""
-    files = (folder / f'{name}.json' for name in ('settings', 'summary', 'scores'))
-    try:
-        settings, summary, scores = (json.loads(file.read_text()) if file.exists() else {}
-                                     for file in files)
-    except ValueError as error:
-        raise UserError(f'{folder} holds a damaged .json file ({error}); delete it, and repeat the '
-                        'command that made it') from None
+    settings, summary, scores = (read_json(folder / f'{name}.json')
+                                 for name in ('settings', 'summary', 'scores'))
     if 'label' not in summary or summary['steps'] != settings.get('steps'):
         raise UserError(f'{folder} is not the folder of a finished run. To end one where it '
                         'stopped, repeat its command with --steps and the step it had reached')
     if scores.get('weights') == summary['weights']:
         summary |= scores['scores']
     return settings | summary | dict(folder=folder)
+
+
+def read_json(path):
+    """A JSON file's content, {} where there is none. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f'{path} is damaged ({error}): delete it, and repeat the command that made '
+                        'it') from None
 
 
 def table(rows, names):
@@ -814,7 +818,7 @@ def score(run, dataset, pairs, factors, train):
 
 def encoder(run, dataset, total):
     """A function from indices (n,), `total` of them over all calls, to codes (n, 2, J): posterior
-    means, and samples: one for each image, of at most a million."""
+    means, and samples. Of at most a million images each has one fixed sample."""
     model = load(run['folder'], run['precision'])
     rng = np.random.default_rng(run['seed'])
     small = len(dataset) <= 10 ** 6                 # of two billion faces few come twice

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-HELD_OUT_EVERY = 19     # where no factor has so many values, both parts hold each value of each
+HELD_OUT_EVERY = 19     # a prime, so that both parts hold each value of each factor: see Dataset
 
 
 class UserError(ValueError):
@@ -47,8 +47,8 @@ class Dataset:
 
     shape       (C, 64, 64) with C = 1 or 3
     factors     {name: number of values}; images are in C order over them: the last changes fastest
-    draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64). In training on a
-                GPU the indices are on it; the images may be anywhere
+    draw        a function of indices, int64 (n,), to images, uint8 (n, C, 64, 64). When training on
+                a GPU, the indices are on it; the images may be on any device
     size        N, where no factors are known
     """
     source = crop = None                    # where `load` found it, and how it was cropped
@@ -64,9 +64,11 @@ class Dataset:
         self.train_size = self.size - math.ceil(self.size / HELD_OUT_EVERY)
         if self.shape not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f'shape must be (1, 64, 64) or (3, 64, 64), not {self.shape}')
-        if any(n % HELD_OUT_EVERY == 0 for n in self.factor_sizes[1:]):
-            raise ValueError(f'a factor with {HELD_OUT_EVERY} values, or a multiple, must be the '
-                             'first: few of them would be held out')
+        for k, n in enumerate(self.factor_sizes):
+            after = math.prod(self.factor_sizes[k + 1:])
+            if n % HELD_OUT_EVERY == 0 and after < HELD_OUT_EVERY and n * after < self.size:
+                raise ValueError(f'of a factor with {n} values few would be held out here: let it '
+                                 f'come first, or have no multiple of {HELD_OUT_EVERY}')
 
     def __len__(self):
         return self.size
@@ -75,7 +77,7 @@ class Dataset:
         """Images by flat index, integers (n,): uint8 (n, C, 64, 64), values 0 to 255.
 
         A tensor gives a tensor on its device, all else an array. Raises TypeError for anything but
-        integers (n,) and IndexError outside 0 … N − 1, but on a GPU, which it would stall.
+        integers (n,); IndexError outside 0 … N − 1, except on a GPU, which this would stall.
         """
         given = index if torch.is_tensor(index) else np.asarray(index)
         if given.ndim != 1 or len(given) and 'int' not in str(given.dtype):
@@ -104,7 +106,7 @@ class Dataset:
 
     def identity(self):
         """What tells this data from other data, as JSON: sizes, and a hash of the factors in order
-        and of 16 images; of those drawn here the mean colours, as processors round differently."""
+        and of 16 images; of faces and dSprites their mean colours: processors round differently."""
         images = self.images([k * (self.size - 1) // 15 for k in range(16)])
         seen = images.mean((2, 3)).round() if self.factors in (FACES, DSPRITES) else images
         content = repr(list(self.factors.items())).encode() + seen.astype(int).tobytes()

@@ -100,7 +100,7 @@ def features(encode, sizes, pairs, factors, points, rng):
     chunks = min(points, math.ceil(points * pairs / 512))                   # bounds the memory
     for shared in np.array_split(k, chunks):
         v = rng.integers(sizes, size=(2, len(shared), pairs, len(sizes)))   # v₁, v₂
-        same = np.arange(len(sizes)) == factors[shared][:, None, None]      # (n, 1, all)
+        same = np.arange(len(sizes)) == factors[shared][:, None, None]      # (n, 1, all factors)
         v[1] = np.where(same, v[0], v[1])
         index = np.ravel_multi_index(tuple(np.moveaxis(v, -1, 0)), tuple(sizes))    # (2, n, L)
         mu = as_codes(encode(index.ravel()), 'codes from encode', index.size)
@@ -221,7 +221,7 @@ def elbo_decomposition(mu, logvar, samples=None, rng=None):
     rng         a numpy.random.Generator, or a seed for one (default: 2018)
 
     mutual_information, total_correlation and dimension_wise_kl (J,) sum exactly to `kl`, an
-    estimate of the analytic KL term, usually within a few `standard_error` of it.
+    estimate of the analytic KL term, usually within a few of its `standard_error`.
 
     The mutual information is at most ln N, returned as `ceiling`. Within about 0.3 nats of it, the
     split between mutual information and total correlation is unresolved: whatever the first lacks

@@ -11,10 +11,11 @@
 #
 # Options go to every run: --steps 300 for a quick look, --data img_align_celeba.zip --crop 128 for
 # CelebA. Started again, it resumes. The runs land in runs/, or where the variable RUNS says.
-# --print only prints the commands, a line each, to spread them over cores or machines; afterwards
-# the same command without it makes the tables:
+# --print only prints the commands, a line each, to spread them over cores or machines:
 #
 #     ./run_all.sh --print | OMP_NUM_THREADS=1 xargs -P 2 -L 1 env
+#
+# Then the same command without --print makes the tables.
 set -u
 program=$(cd "$(dirname "$0")" && pwd)/betavae.py
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -74,7 +75,7 @@ short)
         tenth VAE-2500-steps 2500
         tenth KLD_Decrease_10000_steps-10000to1-Beta-VAE 12500 --beta-from 10000 --anneal 10000
     done ;;
-latents6)       # β × 0.0544, the faces' pixel variance: that of squared errors divided by it
+latents6)       # β × 0.0544, the faces' pixel variance: as β with squared errors divided by it
     for beta in 0.1:0.00544 1:0.0544 2:0.1088 10:0.544; do
         train 6-latents-beta-${beta%:*} --latents 6 --beta ${beta#*:} --steps 10000
     done

@@ -260,7 +260,7 @@ def held_out(dataset):
 @pytest.mark.parametrize('case', [
     dict(beta=4), dict(beta=4, likelihood='bernoulli'), dict(beta=20, anneal=8, dataset=toy(3)),
     dict(beta=1, beta_from=30, anneal=8, leak=0, dataset=toy(3), likelihood='bernoulli'),
-    dict(beta=2, warmup=6, lr=1e-4, seed=2), dict(capacity=6, gamma=30, anneal=8, warmup=5),
+    dict(beta=2, warmup=6, lr=1e-4, seed=1), dict(capacity=6, gamma=30, anneal=8, warmup=5),
     dict(beta=6, tc=True, anneal=8, leak=0)], ids='-'.join)
 def test_training_is_the_papers_algorithm_and_the_log_says_so(case, monkeypatch, capsys):
     monkeypatch.setattr(betavae, 'Run', Witness)
@@ -788,7 +788,7 @@ def test_runs_that_cannot_be_compared(trained, capsys, monkeypatch):
     Path('b/summary.json').write_text('{}')
     refused('not the folder of a finished run', 'b')
     Path('b/summary.json').write_text('{')
-    refused('b holds a damaged .json', 'b')
+    refused('b/summary.json is damaged', 'b')
     shutil.copytree('c', 'b', dirs_exist_ok=True)
     Path('b/settings.json').write_text(json.dumps(read('b/settings.json') | dict(steps=99)))
     refused('--steps and the step it had reached', 'b')
@@ -993,9 +993,15 @@ def test_a_data_set_that_contradicts_itself_or_its_draw_is_refused():
         own = data.Dataset('own', (1, 64, 64), {'a': 9}, lambda index: wrong(numbered(index)))
         with pytest.raises(TypeError, match=r'uint8 tensor of shape \(3, 1, 64, 64\)'):
             own.images([0, 1, 2])
-    data.Dataset('own', (1, 64, 64), {'a': 38, 'b': 20}, numbered)
-    with pytest.raises(ValueError, match='19 values'):
-        data.Dataset('own', (1, 64, 64), {'a': 20, 'b': 38}, numbered)
+    for sizes in itertools.product((1, 3, 4, 10, 19, 20, 38), repeat=3):
+        index = np.arange(0, n := math.prod(sizes), 19)             # what is held out
+        held = [len(set(v)) for v in np.unravel_index(index, sizes)]
+        try:
+            data.Dataset('own', (1, 64, 64), dict(zip('abc', sizes)), numbered)
+        except ValueError as error:
+            assert 'held out' in str(error) and held != list(sizes)
+        else:
+            assert held == list(sizes) or n < 19 * 19 * max(sizes)      # too few to hold them all
 
 
 def test_identity_changes_with_all_that_matters():
