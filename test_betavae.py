@@ -913,7 +913,7 @@ def blocks(page, language):
     return re.findall(rf'^```{language}\n(.*?)^```', page, re.M | re.S)
 
 
-def test_the_snippets_of_the_pages_run(drawn, monkeypatch):
+def test_the_snippets_of_the_pages_run(monkeypatch):
     monkeypatch.setattr(betavae, 'Run', betavae.Run)                    # restored afterwards
     monkeypatch.setattr(data, 'load', functools.cache(data.load))       # most of them load faces
     shorter = {'steps=1000': 'steps=2', 'range(200)': 'range(2)', 'range(45)': 'range(1)',
