@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-HELD_OUT_EVERY = 19     # a prime, so that both parts hold each value of each factor: see Dataset
+HELD_OUT_EVERY = 19     # prime, so that both parts of large data hold every value of every factor
 
 
 class UserError(ValueError):
