@@ -1,31 +1,26 @@
 """β-VAE (Higgins et al. 2017): a VAE whose KL term is multiplied by β. To be read beside the paper.
 
-    python betavae.py --beta 100 --anneal 40000     pictures in runs/ after seconds, the last after
-                                                    half an hour to two hours; the same command
-                                                    resumes after Ctrl-C
-    python betavae.py compare runs/A runs/B         finished runs in tables and on one sheet
+    python betavae.py --beta 10 --steps 2000            drawn faces, a few minutes
+    python betavae.py --data dsprites --beta 16         2D shapes, half an hour or more
+    python betavae.py --data photos.zip --beta 10       your own photographs: a .zip or a folder
+    python betavae.py compare runs/A runs/B             finished runs in a table and on a sheet
 
-Sections 1 to 3 are the model, the objective and the training. What surrounds them comes after:
-4 a run's folder, 5 its summary and pictures, 6 the comparison of runs, 7 the command line.
+The first pictures are in runs/ after seconds. Ctrl-C is safe: the same command resumes.
 
-Letters, as in the paper: x an image, z its code, q(z|x) = N(mu, exp(logvar)) the encoder, p(x|z)
-the decoder; B images in a batch (M in Chen et al. 2018), N in the data set; C channels, J latents,
-K factors, L pairs.
+How to read this file: in its order. 1 model, 2 objective, 3 training, whose loop is the algorithm;
+the rest only looks at the result. Letters are the paper's: x an image, z its code, q(z|x) = N(mu,
+exp(logvar)) the encoder, p(x|z) the decoder; B images in a batch (M in Chen et al. 2018), N in the
+data set; C channels, J latents.
 """
 import argparse
-import contextlib
 import ctypes
 import functools
-import hashlib
-import io
 import itertools
 import json
 import math
 import re
-import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +30,9 @@ from torch import nn
 
 import data
 import metrics
-from data import UserError, say
 
 
-# --------------------------------------------------------------------------------------------------
-# 1 The model
-# --------------------------------------------------------------------------------------------------
+# 1 The model --------------------------------------------------------------------------------------
 
 class BetaVAE(nn.Module):
     """The convolutional network of Higgins et al. 2017 (appendix A.1) for images of 64 × 64 pixels.
@@ -53,24 +45,24 @@ class BetaVAE(nn.Module):
     def __init__(self, channels, latents, leak=0.2, bf16=False):
         super().__init__()
         self.shape = channels, 64, 64
-        self.latents = latents
         self.bf16 = bf16
-        down = functools.partial(nn.Conv2d, kernel_size=4, stride=2, padding=1)
-        up = functools.partial(Up, kernel_size=4, stride=2, padding=1)
-        activation = functools.partial(nn.LeakyReLU, leak)
+        conv = functools.partial(nn.Conv2d, kernel_size=4, stride=2, padding=1)
+        deconv = functools.partial(ConvTranspose2d, kernel_size=4, stride=2, padding=1)
+        relu = functools.partial(nn.LeakyReLU, leak)
         self.encoder = nn.Sequential(                               # (B, C, 64, 64)
-            down(channels, 32), activation(),                       # (B, 32, 32, 32)
-            down(32, 32), activation(),                             # (B, 32, 16, 16)
-            down(32, 64), activation(),                             # (B, 64, 8, 8)
-            down(64, 64), activation(), nn.Flatten(),               # (B, 1024)
-            nn.Linear(1024, 256), activation())                     # (B, 256)
+            conv(channels, 32), relu(),                             # (B, 32, 32, 32)
+            conv(32, 32), relu(),                                   # (B, 32, 16, 16)
+            conv(32, 64), relu(),                                   # (B, 64, 8, 8)
+            conv(64, 64), relu(), nn.Flatten(),                     # (B, 1024)
+            nn.Linear(1024, 256), relu())                           # (B, 256)
         self.posterior = nn.Linear(256, 2 * latents)                # linear: μ, log σ² of any sign
         self.decoder = nn.Sequential(                               # (B, J)
-            nn.Linear(latents, 256), activation(), nn.Linear(256, 1024), activation(),  # (B, 1024)
-            nn.Unflatten(1, (64, 4, 4)), up(64, 64), activation(),  # (B, 64, 8, 8)
-            up(64, 32), activation(),                               # (B, 32, 16, 16)
-            up(32, 32), activation(),                               # (B, 32, 32, 32)
-            up(32, channels))                                       # (B, C, 64, 64)
+            nn.Linear(latents, 256), relu(),                        # (B, 256)
+            nn.Linear(256, 1024), relu(),                           # (B, 1024)
+            nn.Unflatten(1, (64, 4, 4)), deconv(64, 64), relu(),    # (B, 64, 8, 8)
+            deconv(64, 32), relu(),                                 # (B, 32, 16, 16)
+            deconv(32, 32), relu(),                                 # (B, 32, 32, 32)
+            deconv(32, channels))                                   # (B, C, 64, 64)
 
     def encode(self, x):
         """Images, float32 (B, C, 64, 64) in [0, 1] → μ and log σ² of q(z|x), float32 (B, J)."""
@@ -78,7 +70,7 @@ class BetaVAE(nn.Module):
             raise ValueError(f'expected float32 (B, C, 64, 64), not {x.dtype} {tuple(x.shape)}')
         x = x.contiguous(memory_format=torch.channels_last)         # fastest for convolutions
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            h = self.encoder(x)                                             # (B, 256)
+            h = self.encoder(x)                                     # (B, 256)
         return self.posterior(h.float()).chunk(2, dim=1)
 
     def decode(self, z):
@@ -90,19 +82,19 @@ class BetaVAE(nn.Module):
     def forward(self, x, noise):
         """Images (B, C, 64, 64), standard normal noise (B, J) → logits, and z, μ, log σ² (B, J)."""
         mu, logvar = self.encode(x)
-        z = sample(mu, logvar, noise)
+        z = reparameterize(mu, logvar, noise)
         return self.decode(z), z, mu, logvar
 
 
-class Up(nn.ConvTranspose2d):
-    """Transposed convolution, its bias added separately: fused, its gradient is 3 times slower."""
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """Its bias is added separately: fused, the gradient of the bias is three times slower."""
 
     def forward(self, h):
         h = F.conv_transpose2d(h, self.weight, None, self.stride, self.padding)
         return h + self.bias.to(h.dtype)[:, None, None]
 
 
-def sample(mu, logvar, noise):
+def reparameterize(mu, logvar, noise):
     """z = μ + σ · noise, a draw from q(z|x): all (B, J). Kingma and Welling 2014, section 2.4."""
     return mu + torch.exp(0.5 * logvar) * noise
 
@@ -116,22 +108,22 @@ def sample(mu, logvar, noise):
 # over pixels instead would silently rescale β.
 # --------------------------------------------------------------------------------------------------
 
-def objective(network, x, noise, beta, likelihood='gaussian', tc=None, gamma=None):
+def objective(model, x, noise, beta, likelihood='gaussian', tc=None, gamma=None):
     """What is minimised, its reconstruction term, and KL_j averaged over the batch: (), (), (J,).
 
-    network    x (B, C, 64, 64), noise (B, J) → logits, z, μ, log σ²
-    default    reconstruction + β · KL                      Higgins et al. 2017, eq. 4
-    tc=N       reconstruction + KL + (β − 1) · TC           Chen et al. 2018, eq. 4, of N images
-    gamma=γ    reconstruction + γ · |KL − C|                Burgess et al. 2018, eq. 8; `beta` is C
+    model    x (B, C, 64, 64), noise (B, J) → logits, z, μ, log σ²
+    tc       N, the number of training images: asks for β-TCVAE
+    gamma    γ: asks for a capacity C, which is then passed in the place of β
     """
-    logits, z, mu, logvar = network(x, noise)
+    logits, z, mu, logvar = model(x, noise)
     recon = reconstruction(logits, x, likelihood)
     kl = kl_per_latent(mu, logvar).mean(0)                                          # (J,)
-    if tc is not None:
+    if tc is not None:                                          # Chen et al. 2018, eq. 4
         loss = recon + (kl.sum() + (beta - 1) * total_correlation(z, mu, logvar, tc))
-    elif gamma is not None:
-        loss = recon + gamma * (kl.sum() - beta).abs()
-    else:
+    elif gamma is not None:                                     # Burgess et al. 2018, eq. 8
+        capacity = beta
+        loss = recon + gamma * (kl.sum() - capacity).abs()
+    else:                                                       # Higgins et al. 2017, eq. 4
         loss = recon + beta * kl.sum()
     return loss, recon, kl
 
@@ -139,7 +131,8 @@ def objective(network, x, noise, beta, likelihood='gaussian', tc=None, gamma=Non
 def reconstruction(logits, x, likelihood):
     """− log p(x|z) in nats per image: summed over C × 64 × 64 values, averaged over the batch.
 
-    bernoulli   − x log p − (1 − x) log (1 − p), cross-entropy, with p = sigmoid(logits)
+    bernoulli   − x log p − (1 − x) log (1 − p), cross-entropy, with p = sigmoid(logits). Of greys
+                between 0 and 1 it is no log p(x|z)
     gaussian    (x − p)²: of variance ½, without the constant ½ ln π of each value
     """
     if likelihood == 'bernoulli':
@@ -181,31 +174,64 @@ def beta_at(step, beta, beta_from=0.0, anneal=0):
     return beta if step >= anneal else beta_from + (beta - beta_from) * step / anneal
 
 
-# --------------------------------------------------------------------------------------------------
-# 3 Training
-# --------------------------------------------------------------------------------------------------
+# 3 Training ---------------------------------------------------------------------------------------
 
-def train(dataset, settings):
-    """Minimise `objective` with Adam; returns the model. `settings` are made by `options`; what
-    surrounds the algorithm is in Run. Raises UserError, FloatingPointError where training diverges,
-    and KeyboardInterrupt when stopped."""
-    s = settle(settings, dataset)
-    model = initial_model(s, dataset.shape[0])
-    optimiser = torch.optim.Adam(model.parameters(), lr=s.lr, fused=True)
+ROW = 100               # steps from one row of the log to the next
+PICTURES = 5000         # steps from one set of pictures to the next; the first ones come earlier
+SAVE_SECONDS = 30       # from one checkpoint to the next
+ACTIVE = 0.05           # a latent is active where its mean KL is above this many nats
+
+
+def train(dataset, settings, model=None):
+    """Minimise `objective` with Adam, or resume doing so; returns the model, and leaves a folder.
+
+    dataset     a data.Dataset
+    settings    made by `options`
+    model       a network of your own: an nn.Module with encode(x) → μ, log σ², decode(z) → logits
+                and forward(x, noise) → logits, z, μ, log σ² (default: a new BetaVAE)
+    Raises UserError for what you can mend, FloatingPointError where training diverges."""
+    s = complete(settings, dataset, model)
+    with torch.random.fork_rng(devices=[]):                 # the global random state is left alone
+        torch.manual_seed(s.seed)
+        model = model or BetaVAE(s.channels, s.latents, s.leak, s.precision == 'bf16')
+    model.train().to(s.device, memory_format=torch.channels_last)
+    adam = torch.optim.Adam(model.parameters(), lr=s.lr, fused=True)
+    run = resume(s, model, adam)                            # its step, its seconds, its log
+    held_out = torch.as_tensor(dataset.images(dataset.held_out(1000)), device=s.device)
     terms = dict(likelihood=s.likelihood, tc=dataset.train_size if s.tc else None, gamma=s.gamma)
-    end = s.beta if s.capacity is None else s.capacity
-    with Run(s, dataset, model, optimiser, terms).under_way() as run:  # new, or where it stopped
-        for step in range(run.step, s.steps):
-            beta = beta_at(step, end, s.beta_from or 0.0, s.anneal)
-            optimiser.param_groups[0]['lr'] = s.lr * min(1, (step + 1) / max(1, s.warmup))
-            x, noise = batch(dataset, s.seed, step, s.batch, s.latents, s.device)
+    torch.backends.cudnn.deterministic = True               # else a seed would not repeat its bits
+    announce(s, dataset, run['step'])
+    progress = data.Progress(s.steps, run['step'], s.batch)
+    start, saved, recent = time.monotonic() - run['seconds'], time.monotonic(), []
 
-            loss, recon, kl = objective(model, x, noise, beta, **terms)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+    for step in range(run['step'], s.steps):
+        beta = beta_at(step, s.end, s.beta_from, s.anneal)
+        adam.param_groups[0]['lr'] = s.lr * min(1, (step + 1) / max(1, s.warmup))
+        x, noise = batch(dataset, s.seed, step, s.batch, s.latents, s.device)
 
-            run.record(beta, loss, recon, kl)
+        loss, recon, kl = objective(model, x, noise, beta, **terms)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+        # The rest of the loop only looks on: a row of the log every hundred steps, and with a row
+        # a checkpoint or pictures when they are due.
+        done = step + 1
+        recent.append(torch.cat([torch.stack([loss, recon]), kl]).detach())
+        progress.show(done, lambda: progress_line(s, done, beta, recent))
+        if done % ROW == 0 or done == s.steps:
+            model.eval()
+            run |= dict(step=done, seconds=time.monotonic() - start)
+            add_row(run, beta, recent, evaluate(model, held_out[:125], s.latents, beta, terms))
+            recent = []
+            if done == s.steps or time.monotonic() - saved > SAVE_SECONDS:
+                save(s, model, adam, run)
+                saved = time.monotonic()
+            if done < s.steps and (done % PICTURES == 0 or done in (100, 300, 1000)):
+                draw(s, model, run, held_out, summarise(s, dataset, model, done, held_out))
+            model.train()
+
+    report(s, dataset, model.eval(), run, held_out)
     return model
 
 
@@ -220,275 +246,120 @@ def batch(dataset, seed, step, size, latents, device):
 
 
 @torch.no_grad()
-def evaluate(model, images, beta, terms):
-    """Loss, reconstruction and KL_j of held-out images, uint8 (n, C, 64, 64), with fixed noise:
-    (2 + J,). For each row of the log and for the summary."""
-    noise = fixed_noise(len(images), model.latents).to(images.device)
+def evaluate(model, images, latents, beta, terms):
+    """Loss, reconstruction and KL_j of held-out images, uint8 (n, C, 64, 64): 2 + J floats."""
+    noise = fixed_noise(len(images), latents).to(images.device)
     loss, recon, kl = objective(model, images / 255, noise, beta, **terms)
-    return torch.stack([loss, recon, *kl])
+    return [loss.item(), recon.item(), *kl.tolist()]
 
 
-# 4 A run's folder: checkpoint.pt is the run; all else, but for scores.json, is remade from it -----
-
-ROW = 100               # steps from one row of the log to the next
-PICTURES = 5000         # steps from one set of pictures to the next, denser at the start
-SAVE_SECONDS = 30       # from one checkpoint to the next
-ACTIVE = 0.05           # a latent is active where its mean KL is above this many nats
-COLLAPSED = 0.1         # the posterior has collapsed where the total KL is below this many nats
-
-
-class Run:
-    """Decides, after each step of `train`, what is due: a row, pictures, a checkpoint, a stop.
-
-    Holds the state that a checkpoint keeps; plain functions do the work. SIGINT, SIGTERM and SIGHUP
-    take effect after the step, with everything saved.
-    """
-
-    def __init__(self, settings, dataset, model, optimiser, terms):
-        self.settings = settings
-        self.dataset = dataset
-        self.model = model
-        self.optimiser = optimiser
-        self.terms = terms
-        self.folder = Path(settings.run)
-        self.held_out = torch.as_tensor(                                # (≤ 1000, C, 64, 64)
-            dataset.images(dataset.held_out(1000)), device=settings.device)
-        self.picture_steps = {1, 3, 10, 30, 100, 300, 1000,
-                              *range(PICTURES, settings.steps, PICTURES)} - {settings.steps}
-        self.step = 0
-        self.beta = 0.0                                 # of the last step
-        self.seconds = 0.0                              # of training, without pictures and files
-        self.recent = torch.zeros(ROW, 2 + settings.latents, device=settings.device)
-        self.log = []                                   # rows of floats: `add_row`
-        self.frames = {}                                # step → what was reconstructed then
-        self.stopping = False
-
-    @contextlib.contextmanager
-    def under_way(self):
-        """Hold the folder, resume what it holds, stop at a signal; after the last step `finish`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        same_bits = torch.backends.cudnn.flags(enabled=True, deterministic=True)
-        with data.locked(self.folder), on_signals(self.stop), same_bits:
-            data.sweep(self.folder, age=0)
-            if (self.folder / 'checkpoint.pt').exists():
-                self.resume(read_checkpoint(self.folder))
-            announce(self.settings, self.dataset, self.model, self.step)
-            self.progress = data.Progress(self.settings.steps, self.step, self.settings.batch)
-            self.saved = time.monotonic()
-            self.tick = time.perf_counter()
-            yield self
-            self.finish()
-
-    def resume(self, state):
-        """Take over a checkpoint. UserError if its options or data are not those of this run."""
-        refuse_other(state, self.settings, self.dataset)
-        self.model.load_state_dict(state['model'])
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | dict(state=state['adam']))
-        self.step = state['step']
-        self.beta = state['beta']
-        self.seconds = state['seconds']
-        self.recent.copy_(state['recent'])
-        self.log = [row for row in state['log'].tolist() if row[0] % ROW == 0]
-        self.frames = {n: x for n, x in state['frames'].items() if n in self.picture_steps}
-
-    def stop(self, *_):
-        self.stopping = True
-
-    def record(self, beta, loss, recon, kl):
-        """End a step of `train`; what is due after the last one is in `finish`. Raises
-        KeyboardInterrupt when asked to stop, with all saved."""
-        self.recent[self.step % ROW] = torch.cat([torch.stack([loss, recon]), kl]).detach()
-        self.beta = beta
-        self.step += 1
-        row_due = self.step % ROW == 0
-        if row_due:
-            self.means()                                # waits for a GPU, so that its time counts
-        self.seconds += time.perf_counter() - self.tick
-        if row_due:
-            self.add_row()
-        self.progress.show(self.step, lambda: progress_line(
-            self.settings, self.step, self.beta, *self.means()[1:]))
-        if self.step in self.picture_steps:
-            self.add_frame()
-            self.save()
-            if self.step >= 100:
-                self.draw(images=2000)
-        elif self.stopping or time.monotonic() - self.saved > SAVE_SECONDS:
-            self.save()
-        if self.stopping and self.step < self.settings.steps:
-            raise KeyboardInterrupt(
-                f'{self.folder} stopped at step {self.step:,}, saved; the same command resumes, '
-                f'and --steps {self.step} ends it there with its pictures')
-        self.tick = time.perf_counter()
-
-    def means(self):
-        """Loss, reconstruction and KL_j since the last row: 2 + J floats."""
-        return self.recent[:(self.step - 1) % ROW + 1].mean(0).tolist()
-
-    def add_row(self):
-        loss, recon, *kl = self.means()
-        held_loss, held_recon, *held_kl = evaluate(
-            self.model, self.held_out[:125], self.beta, self.terms).tolist()
-        self.log.append([self.step, self.beta, loss, recon, sum(kl), *kl,
-                         held_loss, held_recon, sum(held_kl), self.seconds])
-
-    def add_frame(self):
-        self.frames[self.step] = means_of(self.model, codes_of(self.model, self.held_out[:8])[0])
-
-    def save(self):
-        refuse_diverged(self.model, self.optimiser, self.step, self.folder)
-        settings = {name: x for name, x in vars(self.settings).items() if name != 'run'}  # may move
-        log = torch.tensor(self.log, dtype=torch.float64)
-        write_checkpoint(self.folder, dict(
-            step=self.step, beta=self.beta, seconds=self.seconds, recent=self.recent, log=log,
-            frames=self.frames, settings=settings, dataset=self.dataset.identity(),
-            model=dict(self.model.state_dict()), adam=self.optimiser.state_dict()['state']))
-        self.saved = time.monotonic()
-
-    def draw(self, images):
-        summary = summarise(
-            self.model, self.dataset, self.settings, self.step, self.held_out, images)
-        data.write_json(self.folder / 'summary.json', summary)
-        draw(self.folder, self.model, self.settings, summary, self.log, self.frames, self.held_out)
-        return summary
-
-    def finish(self):
-        """The last row, checkpoint and views; also of a finished run that is started again."""
-        if not self.log or self.log[-1][0] != self.step:
-            self.add_row()
-        self.add_frame()
-        self.save()
-        summary = self.draw(images=10000)
-        say(f'{self.folder}/ holds the pictures, the log and the model')
-        if summary['collapsed']:
-            say(f"The posterior has collapsed: the codes carry {summary['kl']:.2g} nats, and every "
-                'image becomes the mean image. Try a smaller --beta, or let it rise (--anneal)')
+def add_row(run, beta, recent, held_out):
+    """Add to the log; loss, reconstruction and KL_j are means over the steps since the last row."""
+    loss, recon, *kl = torch.stack(recent).mean(0).tolist()
+    held_loss, held_recon, *held_kl = held_out
+    run['log'].append([run['step'], beta, loss, recon, sum(kl), *kl,
+                       held_loss, held_recon, sum(held_kl), run['seconds']])
 
 
-def on_signals(stop):
-    """A context in which SIGINT, SIGTERM and SIGHUP call `stop`, except those that are ignored."""
-    before = contextlib.ExitStack()
-    with contextlib.suppress(ValueError):                   # only the main thread has signals
-        for number in {signal.SIGINT, signal.SIGTERM,
-                       getattr(signal, 'SIGHUP', signal.SIGTERM)}:              # not on Windows
-            if signal.getsignal(number) != signal.SIG_IGN:                      # as under nohup
-                before.callback(signal.signal, number, signal.signal(number, stop))
-    return before
+def progress_line(s, step, beta, recent):
+    _, recon, *kl = torch.stack(recent).mean(0).tolist()
+    return (f"step {step:,}/{s.steps:,}  {'β' if s.capacity is None else 'C'} {beta:.4g}  "
+            f'recon {recon:.1f}  KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{len(kl)}')
 
 
-def refuse_other(state, settings, dataset):
-    """Raises UserError where a checkpoint is of other options or data."""
-    differ = [f'--{name.replace("_", "-")} was {was}, now {getattr(settings, name)}'
-              for name, was in state['settings'].items()
-              if name not in ('data', 'steps') and was != getattr(settings, name)]
-    if state['dataset'] != dataset.identity():              # its place may change, not its images
-        differ.append('its data has changed')
-    if state['step'] > settings.steps:
-        differ.append(f"it is at step {state['step']:,}, past --steps {settings.steps:,}")
-    if differ:
-        raise UserError(f'{settings.run} cannot be resumed like this: {"; ".join(differ)}. '
-                        'Give the old options, choose another --run, or delete it')
+def announce(s, dataset, step):
+    """The first lines: what is trained, and what its last β leads one to expect."""
+    print(f'{s.data}, {s.size:,} images {" × ".join(map(str, dataset.shape))} | '
+          f'{describe(s, s.steps)}, {s.likelihood} | {s.device} {s.precision} | {s.run}, from step '
+          f'{step:,} to {s.steps:,}')
+    if (count := predicted_latents(s, dataset)) is not None:
+        print(f'a linear decoder would use {count} of {s.latents} latents, and none where β is '
+              f'above {2 * float(data.spectrum(dataset)[0]):.3g}', flush=True)
 
 
-def refuse_diverged(model, optimiser, step, folder):
-    """Raises FloatingPointError where a weight or a moment of Adam is no longer finite."""
-    moments = (moments.values() for moments in optimiser.state.values())
-    if not all(t.isfinite().all() for t in itertools.chain(model.parameters(), *moments)):
-        raise FloatingPointError(
-            f'training diverged before step {step:,}: a weight or a moment of Adam is not finite. '
-            f'{folder} keeps what was saved before. Try a smaller --lr or --beta, or --warmup 1000')
+def predicted_latents(s, dataset):
+    """#{λ_i > β/2}, at most J: how many latents a linear decoder would use at the run's last β,
+    which makes β/2 the pixels' noise variance (`data.spectrum`). None for another objective."""
+    if s.likelihood != 'gaussian' or s.tc or s.capacity is not None:
+        return None
+    beta = beta_at(s.steps, s.beta, s.beta_from, s.anneal)
+    return min(s.latents, int((data.spectrum(dataset) > beta / 2).sum()))
 
 
-def write_checkpoint(folder, state):
-    """checkpoint.pt, which is all that resuming reads, after two views of it: once more --steps are
-    asked for, settings.json says so first, and `read_run` takes the run as unfinished. In log.csv
-    loss, recon and KL_j are means over the steps since the last row."""
-    data.write_json(folder / 'settings.json', state['settings'] | dict(
-        python=sys.version.split()[0], torch=torch.__version__))
-    kl = ','.join(f'kl_{j}' for j in range(state['settings']['latents']))
-    data.write(folder / 'log.csv', lambda file: np.savetxt(
-        file, state['log'], '%.9g', ',', comments='', header=f'step,beta,loss,recon,kl,{kl},'
-        'held_out_loss,held_out_recon,held_out_kl,seconds'))
-    content = io.BytesIO()                      # on a full disk torch itself raises no OSError
-    torch.save(state, content)
-    data.write(folder / 'checkpoint.pt', content.getvalue())
+def save(s, model, adam, run):
+    """Replace log.csv and checkpoint.pt, unless a weight, moment or figure is no longer finite."""
+    log = torch.tensor(run['log'], dtype=torch.float64)
+    moments = [t for state in adam.state.values() for t in state.values()]
+    if not all(t.isfinite().all() for t in (*model.parameters(), *moments, log)):
+        raise FloatingPointError(f"training diverged before step {run['step']:,}; {s.run} keeps "
+                                 'what was saved. Try a smaller --lr or --beta, or --warmup 1000')
+    kl = ','.join(f'kl_{j}' for j in range(s.latents))
+    header = f'step,beta,loss,recon,kl,{kl},held_out_loss,held_out_recon,held_out_kl,seconds'
+    rows = [','.join(f'{x:.9g}' for x in row) for row in run['log']]
+    data.write(Path(s.run, 'log.csv'), '\n'.join([header, *rows, '']).encode())
+    data.write(Path(s.run, 'checkpoint.pt'), run | dict(
+        log=log, settings=vars(s), model=model.state_dict(), adam=adam.state_dict()['state']))
 
 
-def initial_model(settings, channels):
-    """The untrained model of a seed. The global random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = BetaVAE(channels, settings.latents, settings.leak, settings.precision == 'bf16')
-    return model.to(settings.device, memory_format=torch.channels_last)
+def resume(s, model, adam):
+    """The step, seconds and log of the folder's checkpoint, whose weights and moments are taken
+    over, or of a new run. Raises UserError where its options or its network are others."""
+    path, run = Path(s.run, 'checkpoint.pt'), dict(step=0, seconds=0.0, log=[])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        run = data.read(path)
+        changed = [f'{k} was {was}, now {vars(s).get(k)}' for k, was in run['settings'].items()
+                   if was != vars(s).get(k) and k not in ('run', 'steps')]
+        if changed or run['step'] > s.steps:
+            raise data.UserError(f"{s.run} is at step {run['step']:,} and cannot be resumed: "
+                                 f'{"; ".join(changed) or "--steps is less"}. Choose another --run')
+        take_over(run['model'], model, path)
+        adam.load_state_dict(adam.state_dict() | dict(state=run['adam']))
+        run['log'] = run['log'].tolist()
+    for stale in ('summary.json', 'model.pt'):              # they come again with the last step
+        Path(s.run, stale).unlink(missing_ok=True)
+    return run
 
 
-def load(run, precision='fp32'):
-    """The trained model of a run's folder, a BetaVAE on the CPU."""
-    state = read_checkpoint(run)
-    settings = options(**state['settings'] | dict(device='cpu', precision=precision))
-    model = initial_model(settings, state['dataset']['shape'][0])
-    model.load_state_dict(state['model'])
+def load(path, model=None):
+    """The trained model of a run's folder or .pt file, on the CPU; `model` is one's own network."""
+    path = Path(path, 'model.pt') if Path(path).is_dir() else Path(path)
+    state = data.read(path)
+    s = argparse.Namespace(**state['settings'])
+    model = model or BetaVAE(s.channels, s.latents, s.leak)
+    take_over(state['model'], model, path)
     return model.eval().requires_grad_(False)
 
 
-def read_checkpoint(folder):
-    """What `write_checkpoint` wrote. Nothing in it is executed. UserError for a file that is
-    damaged, of another program, or whose settings are those of another version."""
-    path = Path(folder, 'checkpoint.pt')
-    if not path.is_file():
-        raise UserError(f'there is no {path}: is {folder} the folder of a run?')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():                # by checksums, which torch ignores
-                raise ValueError(f'{damaged} is damaged')
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        if state['settings'].keys() != vars(options()).keys() - {'run'}:
-            raise ValueError('written by another version')
-        return state
-    except (OSError, MemoryError):                          # it may well be valid
-        raise
-    except Exception as error:                              # one of a dozen kinds
-        raise UserError(f'{path} is not a valid checkpoint ({error}). It is left as it is; to '
-                        f'start over, delete {folder}') from None
+def take_over(weights, model, path):
+    """Put weights, of any precision, into a model of the same names, shapes and order."""
+    theirs, ours = ([(name, t.shape) for name, t in state.items()]
+                    for state in (weights, model.state_dict()))
+    if theirs != ours:                                      # by the order go the moments of Adam
+        raise data.UserError(f'{path} is of another network: names, shapes or order differ')
+    model.load_state_dict(weights)
 
 
-def announce(s, dataset, model, step):
-    """The first lines: what is trained, and what its settings lead one to expect."""
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f'{dataset.name}, {len(dataset):,} images {" × ".join(map(str, dataset.shape))} | '
-        f'{describe(s)}, {s.likelihood} | {parameters:,} parameters, {s.device} {s.precision} | '
-        f'{s.run}')
-    if step:
-        say(f'resuming from step {step:,}')
-    for name, steps in (('β or C', s.anneal), ('the learning rate', s.warmup)):
-        if steps > s.steps:
-            say(f'warning: {name} will not reach its target: that takes {steps:,} steps, and there '
-                f'are {s.steps:,}', file=sys.stderr)
-    count = linear_latents(dataset, s)
-    if count is not None and count < s.latents:
-        say(f'a linear decoder would use about {count} of {s.latents} latents at β = {s.beta:g}, '
-            f'and none from β = {2 * float(spectrum(dataset)[0]):.3g} on')
+# 4 What a run leaves: figures and pictures --------------------------------------------------------
 
+FIGURES = {'reconstruction': '.1f', 'kl': '.2f', 'active_latents': 'd', 'mig': '.2f',
+           'mig_samples': '.2f', 'score_L1': '.0%', 'score_L1_samples': '.0%', 'score_L5': '.0%',
+           'score_L5_samples': '.0%'}                       # of a summary, as they are printed
 
-def progress_line(settings, step, beta, recon, *kl):
-    letter = 'β' if settings.capacity is None else 'C'
-    return (f'step {step:,}/{settings.steps:,}  {letter} {beta:.4g}  recon {recon:.1f}  '
-            f'KL {sum(kl):.2f}  active {sum(x > ACTIVE for x in kl)}/{len(kl)}')
-
-
-# 5 What a run shows: its summary and its pictures -------------------------------------------------
 
 @torch.no_grad()
-def codes_of(model, images):
+def encode_images(model, images):
     """μ and log σ² of images, uint8 (n, C, 64, 64): float32 (n, J) each, on the CPU."""
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8:                         # [0, 1] would be divided once more
+        raise TypeError(f'expected images of type uint8, 0 to 255, not {images.dtype}')
     device = next(model.parameters()).device
-    codes = [model.encode(part.to(device) / 255)
-             for part in torch.as_tensor(images).split(64)]                 # 64 fit the caches
+    codes = [model.encode(part.to(device) / 255) for part in images.split(64)]      # 64 fit caches
     return tuple(torch.cat(part).cpu() for part in zip(*codes))
 
 
 @torch.no_grad()
-def means_of(model, z):
+def decode_images(model, z):
     """Codes (…, J) → the means of p(x|z) as uint8 (…, C, 64, 64), on the CPU."""
     flat = z.reshape(-1, z.shape[-1]).to(next(model.parameters()).device)
     x = torch.cat([model.decode(part).sigmoid() for part in flat.split(64)])
@@ -500,524 +371,250 @@ def fixed_noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def traverse(z, latents, values):
-    """A code (J,) with each of some latents set to each of some values: (latents, values, J)."""
-    grid = z.repeat(len(latents), len(values), 1)
-    grid[torch.arange(len(latents)), :, latents] = values           # in row i the i-th of them
-    return grid
+def report(s, dataset, model, run, held_out):
+    """What comes with the last step: pictures, summary.json and model.pt."""
+    summary = summarise(s, dataset, model, run['step'], held_out)
+    draw(s, model, run, held_out, summary)
+    summary |= scores(s, dataset, model)
+    data.write(Path(s.run, 'summary.json'), json.dumps(summary, indent=1).encode())
+    data.write(Path(s.run, 'model.pt'), dict(settings=vars(s), model=model.state_dict()))
+    print(f'{s.run}/ holds the pictures and the model:', ', '.join(
+        f'{name} {summary[name]:{form}}' for name, form in FIGURES.items() if name in summary))
+    if summary['kl'] < 0.1 and run['step'] >= 1000:         # before that, it is untrained
+        print('The posterior has collapsed, and every image becomes the mean image: try a smaller '
+              '--beta, or let it rise (--anneal)')
 
 
-def top_latent(mu, logvar):
-    """The picture of yukunchen113/Beta-VAE as codes (3, 10, J): zeros, the latent of largest
-    mean KL varied over the range of its samples; rows 2 and 3 add one and two mean posterior
-    standard deviations to all latents."""
-    sigma = torch.exp(0.5 * logvar)
-    j = int(kl_per_latent(mu, logvar).mean(0).argmax())
-    z = sample(mu, logvar, fixed_noise(*mu.shape))[:, j]
-    row = traverse(torch.zeros(mu.shape[1]), [j], torch.linspace(z.min(), z.max(), 10))
-    return torch.cat([row + n * sigma.mean(0) for n in range(3)])
-
-
-@functools.lru_cache(maxsize=2)
-def spectrum(dataset, n=1500):
-    """λ_i, descending: the eigenvalues of the pixels' covariance over n training images in [0, 1].
-
-    Squared error + β · KL is the loss of a VAE whose pixels have noise variance β/2; a linear
-    decoder then uses #{λ_i > β/2} latents (Tipping and Bishop 1999; Lucas et al. 2019).
-    """
-    i = np.random.default_rng(0).integers(dataset.train_size, size=n)
-    x = torch.from_numpy(dataset.images(dataset.train_index(i))).flatten(1) / 255
-    x -= x.mean(0)
-    return torch.linalg.eigvalsh(x @ x.T / n).flip(0)           # those of xᵀx / n, which is larger
-
-
-def linear_latents(dataset, settings):
-    """#{λ_i > β/2} at the final β, at most J; None for another objective or likelihood."""
-    if settings.likelihood != 'gaussian' or settings.tc or settings.capacity is not None:
-        return None
-    return min(settings.latents, int((spectrum(dataset) > settings.beta / 2).sum()))
-
-
-def known_factors(model, dataset, kl, n):
-    """What the latents know of the factors, over n images of a fixed draw: their names, the MIG,
-    the dimension-wise KL, and of each factor's entropy the largest share that a latent has."""
+def summarise(s, dataset, model, step, held_out):
+    """A run's figures, in nats per image over at most 1,000 held-out images; what its latents know
+    of the factors, over 10,000 images of a fixed draw."""
+    _, recon, *kl = evaluate(model, held_out, s.latents, 1.0, dict(likelihood=s.likelihood))
+    mu, logvar = encode_images(model, held_out)
+    top = kl.index(max(kl))
+    z = reparameterize(mu, logvar, fixed_noise(*mu.shape))[:, top]
+    summary = dict(
+        label=describe(s, step), steps=step, reconstruction=recon, kl=sum(kl), kl_per_latent=kl,
+        active_latents=sum(x > ACTIVE for x in kl), predicted_latents=predicted_latents(s, dataset),
+        latent_names=[f'z{j}' for j in range(len(kl))], top_latent=top,
+        top_range=[z.min().item(), z.max().item()], settings=vars(s))
     if max(dataset.factor_sizes, default=1) == 1:
-        return dict(latent_names=[f'z{j}' for j in range(len(kl))])
-    index = (np.random.default_rng(0).integers(len(dataset), size=n) if len(dataset) > n
-             else np.arange(len(dataset)))                                          # (n,)
-    mu, logvar = codes_of(model, dataset.images(index))                             # (n, J)
+        return summary
+    index = np.random.default_rng(0).integers(len(dataset), size=10000)             # (n,)
+    index = index if len(dataset) > 10000 else np.arange(len(dataset))
     v = np.stack(np.unravel_index(index, dataset.factor_sizes), 1)                  # (n, K)
-    z = sample(mu, logvar, fixed_noise(*mu.shape))
-    mig, mig_samples = (metrics.mutual_information_gap(codes, v)[0] for codes in (mu, z))
+    mu, logvar = encode_images(model, dataset.images(index))                        # (n, J)
+    z = reparameterize(mu, logvar, fixed_noise(*mu.shape))
     share = metrics.factor_shares(mu, v)                                            # (J, K)
-    names = [f'z{j}: {dataset.factor_names[k]} {share[j, k]:.0%}'
-             if share[j, k] >= 0.05 and kl[j] > ACTIVE else f'z{j}'
-             for j, k in enumerate(share.argmax(1))]
-    logvar = logvar.clamp(-50, 50)              # with β = 0 nothing keeps the uncertainty from 0
-    parts = metrics.elbo_decomposition(mu, logvar, samples=min(500, len(mu)))
-    return dict(latent_names=names, mig=mig, mig_samples=mig_samples,
-                dimension_wise_kl=parts['dimension_wise_kl'].tolist(),
-                **{f'share of {k}': x for k, x in zip(dataset.factor_names, share.max(0).tolist())})
+    for j, k in enumerate(share.argmax(1)):
+        if share[j, k] >= 0.05 and kl[j] > ACTIVE:
+            summary['latent_names'][j] += f': {dataset.factor_names[k]} {share[j, k]:.0%}'
+    return summary | dict(mig=metrics.mutual_information_gap(mu, v)[0],
+                          mig_samples=metrics.mutual_information_gap(z, v)[0],
+                          shares=dict(zip(dataset.factor_names, share.max(0).tolist())))
 
 
-def summarise(model, dataset, settings, steps, held_out, n):
-    """summary.json: a run's figures, in nats per image over at most 1,000 held-out images; what its
-    latents know of the factors is measured over n images."""
-    terms = dict(likelihood=settings.likelihood)
-    _, recon, *kl = evaluate(model, held_out, settings.beta, terms).tolist()
-    mu, _ = codes_of(model, held_out)                                               # (≤ 1000, J)
-    weights = b''.join(t.cpu().numpy().tobytes() for t in model.state_dict().values())
-    by_mean = int(mu.mean(0).abs().argmax())
-    known = known_factors(model, dataset, kl, n)
-    return dict(
-        label=describe(settings), steps=steps, reconstruction=recon, kl=sum(kl), kl_per_latent=kl,
-        active_latents=sum(x > ACTIVE for x in kl),
-        linear_latents=linear_latents(dataset, settings),
-        collapsed=sum(kl) < COLLAPSED and steps >= 1000,            # before that, it is untrained
-        top_latent=known['latent_names'][kl.index(max(kl))],
-        top_latent_by_mean=known['latent_names'][by_mean], largest_mean=float(mu.mean(0)[by_mean]),
-        largest_mean_standard_error=float(mu[:, by_mean].std(correction=0) / math.sqrt(len(mu))),
-        dataset=dataset.identity(), weights=hashlib.sha256(weights).hexdigest(), **known)
+def scores(s, dataset, model):
+    """The linear-classifier metric at L = 1 and 5, if two factors vary, of means and of samples."""
+    found, noise = {}, fixed_noise(9973, s.latents)         # image i has row i mod 9,973
+
+    def encode(index, sampled):
+        mu, logvar = encode_images(model, dataset.images(index))
+        return reparameterize(mu, logvar, noise[index % len(noise)]) if sampled else mu
+    for L, kind in itertools.product((1, 5), ('', '_samples')):
+        if sum(size > 1 for size in dataset.factor_sizes) >= 2:
+            print(f'measuring the score at L = {L}, of {kind[1:] or "means"}', flush=True)
+            found[f'score_L{L}{kind}'] = metrics.disentanglement_score(
+                functools.partial(encode, sampled=kind != ''), dataset.factor_sizes, pairs=L,
+                train=2000, test=1000, rng=s.seed)
+    return found
 
 
-def draw(folder, model, settings, summary, log, frames, held_out):
+def draw(s, model, run, held_out, summary):
     """Every picture of a run, from its held-out images, uint8 (≤ 1000, C, 64, 64)."""
-    mu, logvar = codes_of(model, held_out)
-    kl = summary['kl_per_latent']
-    names = summary['latent_names']
-    title = f"{describe(settings)}, {summary['steps']:,} steps"
+    kl, names = summary['kl_per_latent'], summary['latent_names']
+    title = f"{summary['label']}, {summary['steps']:,} steps"
     order = sorted(range(len(kl)), key=lambda j: -kl[j])
     shown = [j for j in order if kl[j] > ACTIVE][:12] or order[:1]
     labels = [f'{names[j]}, {kl[j]:.2f} nats' for j in shown]
     notes = [f"{len(shown)} of {summary['active_latents']} active latents, {len(kl)} in all"]
-    notes += ["%: how much of that factor's entropy the latent's mean knows"] * ('mig' in summary)
-
-    eight = held_out[:8].cpu()                                              # (≤ 8, C, 64, 64)
-    prior = means_of(model, fixed_noise(2, len(eight), len(kl)))
-    data.save_picture(folder / 'reconstructions.jpg', data.sheet(
-        torch.stack([eight, frames[summary['steps']], *prior]),
-        ['held out', 'reconstructed', 'from the prior', ''], title))
-    data.save_picture(folder / 'traversal.jpg', data.sheet(
-        means_of(model, traverse(mu[:4][-1], shown, torch.linspace(-3, 3, 8))), labels,
-        f'{title}: each latent from -3 to 3, the others as in one image', notes))
-    data.save_picture(folder / 'top_latent.jpg', data.sheet(
-        means_of(model, top_latent(mu, logvar)),
-        ['others at 0', 'all + 1 st. dev.', 'all + 2 st. dev.'], f'{title}: {labels[0]}'))
-
-    values = -torch.cos(torch.linspace(0, math.pi, 9))                      # -1 → 1
-    moving = means_of(model, torch.stack(                                   # (shown, 8, 9, …)
-        [traverse(z, shown, values) for z in mu[:8]], 1))
-    sheets = [data.sheet(moving[:, :, t], [names[j] for j in shown], notes=notes, scale=1)
-              for t in range(9)]
-    data.save_gif(folder / 'traversal.gif', sheets + sheets[-2:0:-1], 90)   # … and back
-    data.save_gif(folder / 'training.gif', [
-        data.sheet(torch.stack([eight, frames[n]]), ['held out', 'reconstructed'], f'step {n:,}')
-        for n in sorted(frames)], 500)
-    data.save_picture(folder / 'curves.png', curves(settings, log, {j: names[j] for j in shown}))
-
-
-def curves(settings, log, names):
-    """Reconstruction, KL, KL of the latents that are named, and β or C, against the step."""
-    steps, beta, _, recon, kl, *kls, _, held_recon, held_kl, _ = np.array(log).T
-
-    def panel(title, train, held):
-        late = len(steps) // 20                             # the first fall dwarfs the rest
-        return dict(title=title, x='step',
-                    limits=(min(*train, *held), max(*train[late:], *held[late:])),
-                    series={'train': (steps, train), 'held out': (steps, held)})
-    return data.chart([
-        panel(f'reconstruction ({settings.likelihood}), nats per image', recon, held_recon),
-        panel('KL, nats per image', kl, held_kl),
-        dict(title='KL of each latent, nats per image', x='step',
-             series={name: (steps, kls[j]) for j, name in names.items()}),
-        dict(title='β' if settings.capacity is None else 'C, nats per image', x='step',
-             series={'': (steps, beta)})])
+    if 'mig' in summary:
+        notes.append("%: how much of that factor's entropy the latent's mean knows")
+    mu, logvar = encode_images(model, held_out)                                     # (≤ 1000, J)
+    eight, now = held_out[:8].cpu(), decode_images(model, mu[:8])                   # (≤ 8, …)
+    prior = decode_images(model, fixed_noise(2, len(eight), len(kl)))
+    pictures = dict(
+        reconstructions=data.sheet(torch.stack([eight, now, *prior]), [
+            'held out', 'reconstructed', 'from the prior', ''], title),
+        traversal=data.sheet(
+            decode_images(model, traverse(mu[:4][-1], shown, torch.linspace(-3, 3, 8))), labels,
+            f'{title}: each latent from -3 to 3, the others as in one image', notes),
+        top_latent=data.sheet(
+            decode_images(model, top_latent(summary, torch.exp(0.5 * logvar).mean(0))),
+            ['others at 0', '+ 1 st. dev.', '+ 2 st. dev.'], f'{title}: {labels[0]}'))
+    for name, picture in pictures.items():
+        picture.save(Path(s.run, f'{name}.jpg'), quality=90)
+    log = np.array(run['log'])[len(run['log']) // 20:]      # the first fall would dwarf the rest
+    steps, beta, _, recon, kl, *kls, _, held_recon, held_kl, _ = log.T
+    data.save_chart(Path(s.run, 'curves.png'), 'step', steps, {
+        f'reconstruction ({s.likelihood}), nats': {'train': recon, 'held out': held_recon},
+        'KL, nats per image': {'train': kl, 'held out': held_kl},
+        'KL of each latent, nats per image': {names[j]: kls[j] for j in shown},
+        'β' if s.capacity is None else 'C, nats per image': {'': beta}})
+    moving = [data.sheet(                                                           # -1 → 1
+        decode_images(model, torch.stack([traverse(z, shown, [x])[:, 0] for z in mu[:8]], 1)),
+        [names[j] for j in shown], notes=notes, scale=1)
+        for x in -torch.cos(torch.linspace(0, math.pi, 9))]
+    data.save_gif(Path(s.run, 'traversal.gif'), moving + moving[-2:0:-1], 90)       # … and back
 
 
-# 6 Finished runs: in tables, in charts, on one sheet, scored --------------------------------------
+def traverse(z, latents, values):
+    """A code (J,) with each of some latents set to each of some values: (latents, values, J)."""
+    grid = z.repeat(len(latents), len(values), 1)
+    grid[torch.arange(len(latents)), :, latents] = torch.as_tensor(values)
+    return grid
+
+
+def top_latent(summary, sigma):
+    """The picture of yukunchen113/Beta-VAE as codes (3, 10, J): zeros but for the latent of largest
+    mean KL, over the range of its samples; rows 2 and 3 add σ (J,), once and twice."""
+    row = traverse(torch.zeros(len(sigma)), [summary['top_latent']],
+                   torch.linspace(*summary['top_range'], 10))                       # (1, 10, J)
+    return torch.cat([row + n * sigma for n in range(3)])
+
+
+# 5 The comparison of runs -------------------------------------------------------------------------
 
 def compare(argv):
-    """Runs side by side. Those that differ in the seed alone are one row."""
-    args = compare_parser().parse_args(argv)
-    out = args.out or args.runs[0].parent
-    runs = [read_run(folder) for folder in args.runs]
-    if any(run['dataset'] != runs[0]['dataset'] for run in runs):
-        raise UserError('these runs are of more than one data set; compare those of one')
-    if args.pairs:
-        dataset = dataset_of(runs[0])
-        for run in runs:
-            score(run, dataset, args.pairs, args.factors, args.train)
-    unlike = [name for name in ('likelihood', 'device', 'precision')
-              if any(run[name] != runs[0][name] for run in runs)]
-    rows = {}
-    for run in runs:
-        words = [run['label'], f"{run['steps']:,} steps", *(str(run[name]) for name in unlike)]
-        rows.setdefault(', '.join(words), []).append(run)
-
-    out.mkdir(parents=True, exist_ok=True)
-    names = dict.fromkeys(name for run in runs for name in run)
-    scores = [name for name in names if name.startswith('accuracy')]
-    tables = dict(
-        comparison=['reconstruction', 'kl', 'active_latents', 'linear_latents', 'mig',
-                    'mig_samples', 'top_latent', 'top_latent_by_mean'],
-        factors=[name for name in names if name.startswith('share')], metric=scores)
-    for title, shown in tables.items():
-        if shown:
-            data.write_table(out / f'{title}.md', table(rows, shown))
-    if scores:
-        data.save_picture(out / 'metric.png', metric_chart(rows, scores))
-    for axes in args.chart:
-        data.save_picture(out / f"{re.sub('[:,]', '-', axes)}.png", chart_of(runs, axes))
-    try:
-        draw_comparison(out, rows, dataset_of(runs[0]))
-    except UserError as error:                          # data or checkpoints that are not here
-        say(f'no pictures of these runs: {error}')
-
-
-def read_run(folder):
-    """Settings, summary and scores of a finished run in one dictionary. Without its checkpoint.pt,
-    as in results/, it can be tabulated, but not scored or drawn."""
-    settings, summary, scores = (read_json(folder / f'{name}.json')
-                                 for name in ('settings', 'summary', 'scores'))
-    if 'label' not in summary or summary['steps'] != settings.get('steps'):
-        raise UserError(f'{folder} is not the folder of a finished run. To end one where it '
-                        'stopped, repeat its command with --steps and the step it had reached')
-    if scores.get('weights') == summary['weights']:
-        summary |= scores['scores']
-    return settings | summary | dict(folder=folder)
-
-
-def read_json(path):
-    """A JSON file's content, {} where there is none. UserError if it is damaged."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f'{path} is damaged ({error}): delete it, and repeat the command that made '
-                        'it') from None
-
-
-def table(rows, names):
-    """Some results of rows of runs in words: one seed's, or the mean and the range over seeds."""
-    def cell(row, name):
-        values = [run.get(name) for run in row]
-        if not all(isinstance(value, (int, float)) for value in values):
-            return '; '.join(str(value) for value in values if value is not None)
-        form = ('{:.1%}' if name.startswith(('accuracy', 'share')) else
-                '{:.3f}' if 'mig' in name else '{:.5g}')
-        low, mean, high = (form.format(of(values)) for of in (min, np.mean, max))
-        return mean if len(values) == 1 else f'{mean} ({low} to {high})'
-    return [['run', 'seeds', *(name.replace('_', ' ') for name in names)]] + [
-        [label, ', '.join(str(run['seed']) for run in row), *(cell(row, name) for name in names)]
-        for label, row in rows.items()]
-
-
-def curve(pairs):
-    """(x, y) pairs → each x with the mean, the smallest and the largest of its y: (4, n)."""
-    ys = {x: [y for other, y in pairs if other == x] for x, _ in sorted(pairs)}
-    return np.array([(x, np.mean(y), min(y), max(y)) for x, y in ys.items()]).T
-
-
-def metric_chart(rows, scores):
-    """Accuracy against L: a panel for each K, by posterior means and by samples."""
-    panels = {}
-    for (label, row), name in itertools.product(rows.items(), scores):
-        K, L, codes = re.fullmatch(r'accuracy_K(\d+)_L(\d+)(.*)', name).groups()
-        series = panels.setdefault(f'accuracy in %, K = {K}{codes.replace("_", " ")}', {})
-        series.setdefault(label, []).extend((int(L), 100 * run[name]) for run in row if name in run)
-    return data.chart([
-        dict(title=title, x='L, pairs averaged for one point', log_x=True, limits=(0, 100),
-             series={label: curve(pairs) for label, pairs in series.items() if pairs})
-        for title, series in panels.items()])
-
-
-def chart_of(runs, axes):
-    """Of axes 'x:y', or 'x:y1,y2': results against an option, a series for each value of whatever
-    else varies; or against another result, a point for each run."""
-    x, _, ys = axes.partition(':')
-    given = vars(options())
-    varying = [name for name in given if name not in (x, 'run', 'seed', 'device', 'precision')
-               and len({run.get(name) for run in runs}) > 1]
-    series = {}
-    for y, run in itertools.product(ys.split(','), runs):
-        if all(isinstance(run.get(axis), (int, float)) for axis in (x, y)):
-            words = ([f'{name} {run.get(name)}'.removesuffix(' True') for name in varying
-                      if run.get(name) is not False] if x in given else
-                     [run['label']]) + [y.replace('_', ' ')] * (',' in ys)
-            series.setdefault(', '.join(words), []).append((run[x], run[y]))
-    if not series:
-        raise UserError(f'--chart {axes}: no run has both, as numbers')
-    xs = [x for pairs in series.values() for x, _ in pairs]
-    return data.chart([dict(title=ys.replace(',', ' and ').replace('_', ' '), x=x,
-                            points=x not in given, log_x=0 < 50 * min(xs) < max(xs),
-                            series={words: curve(pairs) for words, pairs in series.items()})])
-
-
-def draw_comparison(out, rows, dataset):
-    """comparison.jpg, the top latent of each row's first run; and spectrum.png, λ beside β/2."""
+    """Finished runs side by side: comparison.md, a table, and comparison.jpg, their top latents."""
+    parser = argparse.ArgumentParser('betavae.py compare', description=compare.__doc__)
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
+    parser.add_argument('--out', type=Path, default='.', help='folder for both (default: this one)')
+    args = parser.parse_args(argv)
+    if not (runs := [run for run in args.runs if (run / 'summary.json').is_file()]):
+        raise data.UserError('none of these is a finished run: there is no summary.json')
+    rows = [['run', 'steps', *FIGURES, 'top latent'], ['---'] * (len(FIGURES) + 3)]
     pictures = {}
-    lines = {}
-    for label, row in rows.items():
-        first = row[0]
-        model = load(first['folder'], first['precision'])
-        top = top_latent(*codes_of(model, dataset.images(dataset.held_out(1000))))
-        pictures[f"{label}: {first['top_latent']}"] = means_of(model, top[0])
-        if first['linear_latents'] is not None:
-            active = ', '.join(str(run['active_latents']) for run in row)
-            lines.setdefault(first['beta'] / 2, {}).setdefault(
-                f"{first['linear_latents']} predicted, active:", []).append(f'{label}: {active}')
-    data.save_picture(out / 'comparison.jpg', data.sheet(
-        torch.stack(list(pictures.values())), list(pictures),
-        'the latent of largest KL from its smallest to its largest value, all others 0'))
-    if lines:
-        data.save_picture(out / 'spectrum.png', data.chart([dict(
-            title='Variance λ of the pixels in each principal direction (dots), and β/2 (lines)',
-            x='direction', log_y=True, points=True,
-            lines={y: '    '.join('    '.join([count, *found]) for count, found in line.items())
-                   for y, line in lines.items()},
-            series={'': (np.arange(1, 33), spectrum(dataset)[:32].numpy())})], size=(900, 400)))
+    for run in runs:
+        summary = json.loads((run / 'summary.json').read_text())
+        top = summary['latent_names'][summary['top_latent']]
+        figures = [f'{summary[name]:{form}}' if name in summary else ''
+                   for name, form in FIGURES.items()]
+        rows.append([run.name, f"{summary['steps']:,}", *figures, top])
+        if (run / 'model.pt').is_file():
+            codes = top_latent(summary, torch.zeros(len(summary['kl_per_latent'])))[0]   # (10, J)
+            pictures[f'{run.name}: {top}'] = decode_images(load(run), codes).expand(-1, 3, -1, -1)
+    table = ''.join(f"| {' | '.join(row)} |\n" for row in rows)
+    data.write(args.out / 'comparison.md', table.encode())
+    print(table, args.out / 'comparison.md', sep='')
+    if pictures:
+        sheet = data.sheet(torch.stack([*pictures.values()]), pictures, 'top latents, others at 0')
+        sheet.save(args.out / 'comparison.jpg', quality=90)
+        print(args.out / 'comparison.jpg')
 
 
-def dataset_of(run):
-    """The data of a run. UserError where it is not to be had, or holds other images now."""
-    try:
-        dataset = data.load(run['data'], run['crop'])
-    except UserError as error:
-        raise UserError(f"{run['folder']}: {error}. If it was moved, repeat the run's command with "
-                        'its new --data; data made in Python cannot be loaded by name') from None
-    if dataset.identity() != run['dataset']:
-        raise UserError(f"{run['folder']} was trained on other images than {run['data']} holds now")
-    return dataset
-
-
-def score(run, dataset, pairs, factors, train):
-    """Add the metric at each K and L, by posterior means and by samples, to a run and its
-    scores.json. What is there already is not computed again."""
-    sizes = dataset.factor_sizes
-    factors = factors or [len(sizes)]
-    if not all(2 <= K <= len(sizes) for K in factors):
-        raise UserError(f"{run['folder']}: --factors takes 2 to {len(sizes)}, counted from the "
-                        f'last factor ({", ".join(dataset.factor_names) or "none is known"})')
-    size = f'_N{train}' * (train != 10000)
-    wanted = {name: (K, L, k) for K, L, (k, kind)
-              in itertools.product(factors, pairs, enumerate(['', '_samples']))
-              if (name := f'accuracy_K{K}_L{L}{size}{kind}') not in run}
-    test = train // 2
-    total = sum(2 * L * (train + test) for _, L, _ in wanted.values())
-    codes = wanted and encoder(run, dataset, total)
-    for name, (K, L, k) in wanted.items():
-        try:
-            run[name] = metrics.disentanglement_score(
-                lambda index: codes(index)[:, k], sizes, pairs=L, factors=range(len(sizes))[-K:],
-                train=train, test=test, rng=run['seed'])
-        except ValueError as error:
-            raise UserError(f"{run['folder']}: {error}") from None
-        data.write_json(run['folder'] / 'scores.json', dict(
-            steps=run['steps'], weights=run['weights'],
-            scores={name: x for name, x in run.items() if name.startswith('accuracy')}))
-
-
-def encoder(run, dataset, total):
-    """A function from indices (n,), `total` of them over all calls, to codes (n, 2, J): posterior
-    means, and samples. Of at most a million images each has one fixed sample."""
-    model = load(run['folder'], run['precision'])
-    rng = np.random.default_rng(run['seed'])
-    small = len(dataset) <= 10 ** 6                 # of two billion faces few come twice
-    total = len(dataset) if small else total
-    progress = data.Progress(total)
-    done = 0
-
-    def encode(index):
-        nonlocal done
-        mu, logvar = codes_of(model, dataset.images(index))
-        noise = torch.from_numpy(rng.standard_normal(mu.shape, np.float32))
-        done += len(index)
-        progress.show(done, lambda: f"{run['folder'].name}: {done:,} of {total:,} images encoded")
-        return torch.stack([mu, sample(mu, logvar, noise)], 1).numpy()
-    if not small:
-        return encode
-    parts = np.array_split(np.arange(total), 1 + total // 4096)
-    return np.concatenate([encode(part) for part in parts]).__getitem__
-
-
-# 7 The command line -------------------------------------------------------------------------------
-
-COMPARE_HELP = """Put finished runs in one table and on one sheet. Those that differ in the seed
-alone are one row.
-
-    python betavae.py compare runs/A runs/B                     takes seconds
-    python betavae.py compare runs/A runs/B --pairs 1,20        measures disentanglement: minutes
-
-The measure of Higgins et al. 2017: how often a linear classifier can tell, from the codes of L
-pairs of images, which of K factors the images of each pair share. It rises with L and falls with
-K, so give both with every score. Scores are kept in scores.json, in the folder of each run."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and help on any terminal."""
-
-    def error(self, message):
-        raise UserError(f'{message} (see --help)')
-
-    def print_help(self, file=None):
-        say(self.format_help(), end='', file=file)
-
-
-def between(kind, low, high):
-    """A parser of numbers within bounds; NaN is in none."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not between {low:.10g} and {high:.10g}')
-        return value
-    return number
-
-
-def integers(text):
-    return sorted({between(int, 1, 10 ** 6)(word) for word in text.split(',')})
-
-
-def compare_parser():
-    parser = Parser('betavae.py compare', '%(prog)s RUN … [OPTION …]', COMPARE_HELP,
-                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('runs', nargs='+', type=Path, metavar='RUN', help='folders of finished runs')
-    add('--pairs', type=integers, metavar='L,…', help='measure disentanglement, with these L')
-    add('--factors', type=integers, metavar='K,…',
-        help='of the metric: the last K factors (default: all; dSprites with 4 is without shape)')
-    add('--train', type=between(int, 10, 10 ** 6), default=10000, metavar='N',
-        help='of the metric: training points (default: 10000)')
-    add('--chart', action='append', default=[], metavar='X:Y',
-        help='draw a chart of options or results, such as beta:kl or beta:mig,mig_samples')
-    add('--out', type=Path, help='folder for tables and pictures (default: that of the first run)')
-    return parser
-
+# 6 The command line -------------------------------------------------------------------------------
 
 def options(*argv, **given):
-    """The settings of a run, from words of a command line or keywords: options(beta=4, seed=1).
-    Raises UserError for what is unknown, out of range or contradictory."""
-    parser = Parser('betavae.py', '%(prog)s [OPTION …]', __doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole = between(int, 0, 10 ** 9)
-    positive = between(int, 1, 10 ** 9)
-    real = between(float, 0, 1e12)               # past 1e12 Adam's second moment overflows float32
-    add = parser.add_argument_group('data (x)').add_argument
-    add('--data', default='faces', help='faces (default), dsprites, a folder or .zip of images')
-    add('--crop', type=positive, help='side of the centred square cut from images; CelebA: 128')
-    add = parser.add_argument_group('model').add_argument
-    add('--latents', type=between(int, 1, 512), help='J (default: 10 for dsprites, else 32)')
-    add('--leak', type=between(float, 0, 1), default=0.2,
-        help='slope of the ReLUs below zero (default: 0.2; the paper: 0)')
-    add = parser.add_argument_group('objective').add_argument
-    add('--beta', type=real, default=1.0, help='β, the weight of the KL term (default: 1)')
-    add('--beta-from', type=real, help='β at step 0, with --anneal (default: 0)')
-    add('--anneal', type=whole, default=0, help='steps over which β moves there (default: 0)')
-    add('--tc', action='store_true', help='β-TCVAE: β on the total correlation alone')
-    add('--capacity', type=real, help='C: γ |KL − C| in place of β KL; C rises over --anneal steps')
-    add('--gamma', type=real, help='γ, with --capacity (default: 1000)')
-    add('--likelihood', choices=['bernoulli', 'gaussian'],
-        help='p(x|z) (default: bernoulli for one channel, gaussian of variance ½ for colour)')
-    add = parser.add_argument_group('optimiser (Adam)').add_argument
-    add('--steps', type=positive, default=50000, help='(default: 50000)')
-    add('--batch', type=between(int, 1, 65536), default=64, help='B (default: 64)')
-    add('--lr', type=between(float, 1e-12, 1e6), default=5e-4, help='learning rate (default: 5e-4)')
-    add('--warmup', type=whole, default=0, help='steps over which it rises to --lr (default: 0)')
-    add = parser.add_argument_group('run').add_argument
-    add('--run', help='its folder (default: runs/ and a name made from the options)')
-    add('--seed', type=between(int, 0, 2 ** 32 - 1), default=0, help='(default: 0)')
-    add('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='(default: auto)')
-    add('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
-        help='of the convolutions (default: auto, bf16 on processors that have units for it)')
-
-    words = [f'--{name.replace("_", "-")}' + f'={value}' * (name != 'tc')
-             for name, value in given.items() if value is not None and value is not False]
-    s = parser.parse_args([*argv, *words])
-    if s.beta_from is not None and not s.anneal:
-        raise UserError('--beta-from needs --anneal: the steps over which β moves')
-    if s.tc and s.batch == 1:
-        raise UserError('--tc needs a --batch of two or more')
-    if s.gamma is not None and s.capacity is None:
-        raise UserError('--gamma needs --capacity')
-    if s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from is not None):
-        raise UserError('--capacity takes the place of --beta, --beta-from and --tc')
+    """A run's settings, from words of a command line or keywords. UserError where they are wrong."""
+    parser = argparse.ArgumentParser(
+        'betavae.py', '%(prog)s [OPTION …]', __doc__.partition('\n\nHow to')[0],
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    x, model, loss, adam, run = (parser.add_argument_group(title).add_argument for title in (
+        'data (x)', 'model', 'objective', 'optimiser (Adam)', 'run'))
+    x('--data', default='faces', help='faces (default), dsprites, a folder or .zip of images')
+    x('--crop', type=int, help='side of the centred square cut from your images; CelebA: 128')
+    model('--latents', type=int, help='J (default: 32, for one channel 10)')
+    model('--leak', type=float, default=0.2, help='slope of the ReLUs below 0 (0.2; the paper: 0)')
+    loss('--beta', type=float, default=1.0, help='β, the weight of the KL term (default: 1)')
+    loss('--beta-from', type=float, default=0.0, help='β at step 0, with --anneal (default: 0)')
+    loss('--anneal', type=int, default=0, help='steps over which β moves there (default: 0)')
+    loss('--tc', action='store_true', help='β-TCVAE: β on the total correlation alone')
+    loss('--capacity', type=float, help='C: γ |KL − C| for β KL; C rises over --anneal steps')
+    loss('--gamma', type=float, help='γ, with --capacity (default: 1000)')
+    loss('--likelihood', choices=['bernoulli', 'gaussian'], help='p(x|z); gaussian for colour')
+    adam('--steps', type=int, default=50000, help='(default: 50000)')
+    adam('--batch', type=int, default=64, help='B (default: 64)')
+    adam('--lr', type=float, default=5e-4, help='learning rate (default: 5e-4)')
+    adam('--warmup', type=int, default=0, help='steps over which it rises to --lr (default: 0)')
+    run('--run', help='its folder (default: runs/ and a name made from the options)')
+    run('--seed', type=int, default=0, help='(default: 0)')
+    run('--device', default='auto', help='of torch; only cpu and cuda were tried (default: auto)')
+    run('--precision', choices=['auto', 'fp32', 'bf16'], default='auto', help='of convolutions')
+    s = parser.parse_args(argv)
+    unknown = given.keys() - vars(s).keys()
+    vars(s).update(given)
+    for name, value in vars(s).items():
+        least = 1 if name in ('crop', 'latents', 'steps', 'batch') else 0
+        if isinstance(value, (int, float)) and not least <= value <= 1e12:              # nor is NaN
+            raise data.UserError(f'--{name} {value} is not between {least} and 1e12')
+    for wrong, words in (
+            (unknown, f'there is no option {", ".join(unknown)}'),
+            (s.beta_from and not s.anneal, '--beta-from needs --anneal, the steps it takes'),
+            (s.tc and s.batch == 1, '--tc needs a --batch of two or more'),
+            (s.capacity is None and s.gamma is not None, '--gamma needs --capacity'),
+            (s.capacity is not None and (s.tc or s.beta != 1 or s.beta_from),
+             '--capacity takes the place of --beta, --beta-from and --tc')):
+        if wrong:
+            raise data.UserError(words)
     return s
 
 
-def settle(settings, dataset):
-    """The settings with what was left open filled in from the data and this machine."""
-    s = argparse.Namespace(**vars(settings))
-    s.data = dataset.source or dataset.name
-    s.crop = dataset.crop
-    s.latents = s.latents or usual_latents(s.data)
-    s.likelihood = s.likelihood or ('bernoulli' if dataset.shape[0] == 1 else 'gaussian')
-    if s.capacity is not None and s.gamma is None:
-        s.gamma = 1000.0
-    if s.batch > dataset.train_size:
-        raise UserError(f'--batch {s.batch} is more than the {dataset.train_size} training images '
-                        f'of {s.data}')
+def complete(settings, dataset, model):
+    """The settings with what was left open filled in, and what tells this data from other data."""
+    s = argparse.Namespace(**vars(settings), size=len(dataset), factors=dataset.factors)
+    s.data, s.crop, s.channels = dataset.name, dataset.crop, dataset.shape[0]
+    s.end = s.beta if s.capacity is None else s.capacity            # what the schedule moves to
+    s.gamma = 1000.0 if s.gamma is None and s.capacity is not None else s.gamma
+    s.likelihood = s.likelihood or ('bernoulli' if s.channels == 1 else 'gaussian')
+    s.latents = s.latents or (10 if s.channels == 1 else 32)
+    if model is not None:
+        s.latents = model.eval().encode(torch.zeros(1, *dataset.shape))[0].shape[1]
     if s.device == 'auto':
         s.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if s.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('there is no cuda device here')
-    if s.precision == 'auto':
-        s.precision = 'bf16' if s.device == 'cpu' and has_bf16() else 'fp32'
-    name = f'{Path(s.data).stem} {describe(s)}'.replace('β', 'beta').replace(',', '')
-    name = re.sub(r'[^\w.]+', '-', name + f' seed {s.seed}' * (s.seed > 0))
-    s.run = s.run or str(Path('runs', name))
+    if s.precision == 'auto':               # without units for it, or on a GPU, bf16 is slower
+        has = getattr(torch.cpu, 'get_capabilities', dict)()
+        s.precision = 'bf16' if s.device == 'cpu' and has.get('avx512_bf16') else 'fp32'
+    words = f'{s.data} {describe(s)}' + (f' seed {s.seed}' if s.seed else '')
+    words = re.findall(r'[\w.]+', words.replace('β', 'beta').replace(',', ''))
+    s.run = str(s.run or 'runs/' + '-'.join(words))
+    if dataset.source and Path(s.run).resolve().is_relative_to(dataset.source):
+        raise data.UserError(f'{s.run} lies among the images of {s.data}: choose a --run elsewhere')
     return s
 
 
-def usual_latents(source):
-    return 10 if Path(source).name.startswith('dsprites') else 32
-
-
-def describe(s):
-    """A run in words, from its settings: its objective, what is unusual of model and optimiser."""
-    kind, end = ('TC β' if s.tc else 'β', s.beta) if s.capacity is None else ('C', s.capacity)
-    rise = f'{s.beta_from or 0:g} → {end:g} over {s.anneal:,}' if s.anneal else f'{end:g}'
-    usual = vars(options(latents=usual_latents(s.data)))
-    unusual = [f'{name} {getattr(s, name):g}'
-               for name in ('latents', 'leak', 'gamma', 'batch', 'lr', 'warmup')
-               if getattr(s, name) not in (None, usual[name])]
-    return ', '.join([f'{kind} {rise}', *unusual])
-
-
-def has_bf16():
-    """Whether the processor has units for bfloat16: without them it is slower than float32. On a
-    GPU, where starting the kernels takes the time, the casts make it slower, too."""
-    has = getattr(torch.cpu, 'get_capabilities', dict)()
-    return bool(has.get('avx512_bf16') or has.get('amx_bf16'))
-
-
-def keep_freed_memory():
-    """Let glibc keep freed memory. It would hand back each 4 MB activation, and the page faults of
-    mapping the next one cost up to a third of a step. Elsewhere nothing happens."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)               # M_MMAP_THRESHOLD: up to 32 MB come from the heap,
-        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: which does not shrink,
-        mallopt(-8, 1)                      # M_ARENA_MAX: and is the only one; others do shrink
+def describe(s, steps=math.inf):
+    """A run in words: how far its schedule has come after so many steps, and what is unusual."""
+    kind = 'C' if s.capacity is not None else 'TC β' if s.tc else 'β'
+    start, over = f'{s.beta_from:g} → ', f' over {min(steps, s.anneal):,}'
+    end = f'{beta_at(steps, s.end, s.beta_from, s.anneal):g}'
+    words = [f'{kind} {start}{end}{over}' if s.anneal else f'{kind} {end}']
+    latents = 10 if s.channels == 1 else 32
+    usual = dict(latents=latents, leak=0.2, gamma=None, batch=64, lr=5e-4, warmup=0)
+    words += [f'{name} {getattr(s, name):g}' for name in usual if getattr(s, name) != usual[name]]
+    return ', '.join(words)
 
 
 def main(argv):
-    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='replace')            # a terminal without β is no reason to stop
+    if sys.platform == 'linux':                         # Let glibc keep freed memory: mapping each
+        mallopt = ctypes.CDLL(None).mallopt             # activation again is a seventh of a step.
+        mallopt(-3, 32 << 20)                           # M_MMAP_THRESHOLD: 32 MB are of the heap,
+        mallopt(-1, 2 ** 31 - 1)                        # M_TRIM_THRESHOLD: which never shrinks,
+        mallopt(-8, 1)                                  # M_ARENA_MAX: and is the only one
     try:
         if argv[:1] == ['compare']:
-            compare(argv[1:])
-        else:
-            settings = options(*argv)
-            train(data.load(settings.data, settings.crop), settings)
-    except (UserError, FloatingPointError, KeyboardInterrupt, OSError, MemoryError,
-            torch.OutOfMemoryError) as error:
-        if data.on_terminal():
-            say('')                             # below the line of progress
-        say(f'betavae: {data.one_line(error) or type(error).__name__}', file=sys.stderr)
-        codes = {UserError: 2, FloatingPointError: 3, KeyboardInterrupt: 130}
-        raise SystemExit(codes.get(type(error), 1)) from None
+            return compare(argv[1:])
+        s = options(*argv)
+        train(data.load(s.data, s.crop), s)
+    except KeyboardInterrupt:
+        raise SystemExit('\nbetavae: stopped; the same command resumes') from None
+    except (data.UserError, FloatingPointError, OSError, MemoryError,
+            RuntimeError, AssertionError) as error:     # torch's, for want of memory or a device
+        words = str(error).partition('\n')[0] or type(error).__name__
+        print(f'\nbetavae: {words}', file=sys.stderr)
+        raise SystemExit({data.UserError: 2, FloatingPointError: 3}.get(type(error), 1)) from None
 
 
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["numpy>=1.25", "torch>=2.6", "pillow>=10.1"]
-# ///
 if __name__ == '__main__':
     main(sys.argv[1:])
