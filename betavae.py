@@ -214,8 +214,7 @@ def train(dataset, settings, model=None):
         loss.backward()
         adam.step()
 
-        # The rest of the loop only looks on: a row of the log every hundred steps, and with a row
-        # a checkpoint or pictures when they are due.
+        # The rest of the loop only looks on: every hundred steps a row, a checkpoint or pictures.
         done = step + 1
         recent.append(torch.cat([torch.stack([loss, recon]), kl]).detach())
         progress.show(done, lambda: progress_line(s, done, beta, recent))
@@ -224,10 +223,11 @@ def train(dataset, settings, model=None):
             run |= dict(step=done, seconds=time.monotonic() - start)
             add_row(run, beta, recent, evaluate(model, held_out[:125], s.latents, beta, terms))
             recent = []
-            if done == s.steps or time.monotonic() - saved > SAVE_SECONDS:
+            due = done in (100, 300, 1000, s.steps) or done % PICTURES == 0
+            if due or time.monotonic() - saved > SAVE_SECONDS:
                 save(s, model, adam, run)
                 saved = time.monotonic()
-            if done < s.steps and (done % PICTURES == 0 or done in (100, 300, 1000)):
+            if due and done < s.steps:
                 draw(s, model, run, held_out, summarise(s, dataset, model, done, held_out))
             model.train()
 
@@ -309,7 +309,7 @@ def resume(s, model, adam):
     if path.exists():
         run = data.read(path)
         changed = [f'{k} was {was}, now {vars(s).get(k)}' for k, was in run['settings'].items()
-                   if was != vars(s).get(k) and k not in ('run', 'steps')]
+                   if was != vars(s).get(k) and k not in ('run', 'steps', 'end')]
         if changed or run['step'] > s.steps:
             raise data.UserError(f"{s.run} is at step {run['step']:,} and cannot be resumed: "
                                  f'{"; ".join(changed) or "--steps is less"}. Choose another --run')
@@ -436,7 +436,7 @@ def draw(s, model, run, held_out, summary):
     order = sorted(range(len(kl)), key=lambda j: -kl[j])
     shown = [j for j in order if kl[j] > ACTIVE][:12] or order[:1]
     labels = [f'{names[j]}, {kl[j]:.2f} nats' for j in shown]
-    notes = [f"{len(shown)} of {summary['active_latents']} active latents, {len(kl)} in all"]
+    notes = [f"{len(shown)} shown, {summary['active_latents']} of {len(kl)} latents are active"]
     if 'mig' in summary:
         notes.append("%: how much of that factor's entropy the latent's mean knows")
     mu, logvar = encode_images(model, held_out)                                     # (≤ 1000, J)
@@ -497,12 +497,11 @@ def compare(argv):
     for run in runs:
         summary = json.loads((run / 'summary.json').read_text())
         top = summary['latent_names'][summary['top_latent']]
-        figures = [f'{summary[name]:{form}}' if name in summary else ''
-                   for name, form in FIGURES.items()]
-        rows.append([run.name, f"{summary['steps']:,}", *figures, top])
-        if (run / 'model.pt').is_file():
+        figures = [f'{summary[k]:{form}}' if k in summary else '' for k, form in FIGURES.items()]
+        rows.append([str(run), f"{summary['steps']:,}", *figures, top])
+        if (run / 'model.pt').is_file() and not summary['settings'].get('own'):
             codes = top_latent(summary, torch.zeros(len(summary['kl_per_latent'])))[0]   # (10, J)
-            pictures[f'{run.name}: {top}'] = decode_images(load(run), codes).expand(-1, 3, -1, -1)
+            pictures[f'{top}, {run}'] = decode_images(load(run), codes).expand(-1, 3, -1, -1)
     table = ''.join(f"| {' | '.join(row)} |\n" for row in rows)
     data.write(args.out / 'comparison.md', table.encode())
     print(table, args.out / 'comparison.md', sep='')
@@ -515,7 +514,7 @@ def compare(argv):
 # 6 The command line -------------------------------------------------------------------------------
 
 def options(*argv, **given):
-    """A run's settings, from words of a command line or keywords. UserError where they are wrong."""
+    """A run's settings, from words of a command line or keywords. UserError if they are wrong."""
     parser = argparse.ArgumentParser(
         'betavae.py', '%(prog)s [OPTION …]', __doc__.partition('\n\nHow to')[0],
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -542,11 +541,11 @@ def options(*argv, **given):
     run('--precision', choices=['auto', 'fp32', 'bf16'], default='auto', help='of convolutions')
     s = parser.parse_args(argv)
     unknown = given.keys() - vars(s).keys()
-    vars(s).update(given)
+    vars(s).update({k: v.item() if hasattr(v, 'item') else v for k, v in given.items()})
     for name, value in vars(s).items():
         least = 1 if name in ('crop', 'latents', 'steps', 'batch') else 0
         if isinstance(value, (int, float)) and not least <= value <= 1e12:              # nor is NaN
-            raise data.UserError(f'--{name} {value} is not between {least} and 1e12')
+            raise data.UserError(f'--{name.replace("_", "-")} {value}: give {least} to 1e12')
     for wrong, words in (
             (unknown, f'there is no option {", ".join(unknown)}'),
             (s.beta_from and not s.anneal, '--beta-from needs --anneal, the steps it takes'),
@@ -561,14 +560,15 @@ def options(*argv, **given):
 
 def complete(settings, dataset, model):
     """The settings with what was left open filled in, and what tells this data from other data."""
-    s = argparse.Namespace(**vars(settings), size=len(dataset), factors=dataset.factors)
+    s = argparse.Namespace(**vars(settings), own=model is not None, factors=dataset.factors,
+                           size=len(dataset), pixels=int(dataset.images([0]).sum()))
     s.data, s.crop, s.channels = dataset.name, dataset.crop, dataset.shape[0]
     s.end = s.beta if s.capacity is None else s.capacity            # what the schedule moves to
     s.gamma = 1000.0 if s.gamma is None and s.capacity is not None else s.gamma
     s.likelihood = s.likelihood or ('bernoulli' if s.channels == 1 else 'gaussian')
     s.latents = s.latents or (10 if s.channels == 1 else 32)
     if model is not None:
-        s.latents = model.eval().encode(torch.zeros(1, *dataset.shape))[0].shape[1]
+        s.latents = model.cpu().eval().encode(torch.zeros(1, *dataset.shape))[0].shape[1]
     if s.device == 'auto':
         s.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if s.precision == 'auto':               # without units for it, or on a GPU, bf16 is slower

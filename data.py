@@ -40,8 +40,8 @@ class Dataset:
         self.factor_names, self.factor_sizes = tuple(self.factors), tuple(self.factors.values())
         self.size = math.prod(self.factor_sizes) if factors else size
         self.train_size = self.size - math.ceil(self.size / HELD_OUT_EVERY)
-        if self.shape not in ((1, 64, 64), (3, 64, 64)):
-            raise ValueError(f'shape must be (1, 64, 64) or (3, 64, 64), not {self.shape}')
+        if self.shape not in ((1, 64, 64), (3, 64, 64)) or self.train_size < 1:
+            raise UserError(f'shape must be (1 or 3, 64, 64), not {self.shape}, and N above 1')
 
     def __len__(self):
         return self.size
