@@ -427,7 +427,7 @@ def test_a_broken_or_foreign_checkpoint_is_refused_and_kept(trained):
 @pytest.mark.parametrize('options', [
     dict(beta=2), dict(seed=5), dict(tc=True), dict(anneal=9), dict(warmup=9), dict(leak=0),
     dict(lr=1e-4), dict(batch=8), dict(beta_from=1, anneal=3), dict(precision='bf16'),
-    dict(latents=4), dict(likelihood='bernoulli'), dict(steps=29), dict(dataset=toy(1, 9))], ids=str)
+    dict(latents=4), dict(likelihood='bernoulli'), dict(steps=29), dict(dataset=toy(1, 9))])
 def test_other_options_or_images_are_refused_whatever_the_old_value_was(options, trained):
     with pytest.raises(data.UserError, match='^a is at step 30 and cannot be resumed: .*--run'):
         train(**dict(steps=32) | options)
