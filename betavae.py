@@ -131,8 +131,8 @@ def objective(model, x, noise, beta, likelihood='gaussian', tc=None, gamma=None)
 def reconstruction(logits, x, likelihood):
     """− log p(x|z) in nats per image: summed over C × 64 × 64 values, averaged over the batch.
 
-    bernoulli   − x log p − (1 − x) log (1 − p), cross-entropy, with p = sigmoid(logits). Of greys
-                between 0 and 1 it is no log p(x|z)
+    bernoulli   − x log p − (1 − x) log (1 − p), cross-entropy, with p = sigmoid(logits). For greys
+                between 0 and 1 it is no log-likelihood
     gaussian    (x − p)²: of variance ½, without the constant ½ ln π of each value
     """
     if likelihood == 'bernoulli':
@@ -157,7 +157,7 @@ def total_correlation(z, mu, logvar, n):
 
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
-    exact for M = N, unbiased for distinct images; `batch` adds (q(z|n*) − q(z)) / N on average.
+    exact for M = N, unbiased for distinct images; `batch` may repeat some: + (q(z|n*) − q(z)) / N.
     Its logarithm is biased all the same: with few images the result may be negative.
     """
     m = len(z)
@@ -183,13 +183,13 @@ ACTIVE = 0.05           # a latent is active where its mean KL is above this man
 
 
 def train(dataset, settings, model=None):
-    """Minimise `objective` with Adam, or resume doing so; returns the model, and leaves a folder.
+    """Minimise `objective` with Adam, or resume it; returns the model, and fills the run's folder.
 
     dataset     a data.Dataset
     settings    made by `options`
     model       a network of your own: an nn.Module with encode(x) → μ, log σ², decode(z) → logits
                 and forward(x, noise) → logits, z, μ, log σ² (default: a new BetaVAE)
-    Raises UserError for what you can mend, FloatingPointError where training diverges."""
+    Raises UserError for what you can fix, FloatingPointError where training diverges."""
     s = complete(settings, dataset, model)
     with torch.random.fork_rng(devices=[]):                 # the global random state is left alone
         torch.manual_seed(s.seed)
@@ -237,7 +237,7 @@ def train(dataset, settings, model=None):
 
 def batch(dataset, seed, step, size, latents, device):
     """A step's training images, float (B, C, 64, 64) in [0, 1], and noise (B, J): functions of seed
-    and step alone, so that a resumed run equals one that was never cut."""
+    and step alone, so that a resumed run equals an unbroken one."""
     entropy = np.random.SeedSequence((seed, step)).generate_state(1)
     generator = torch.Generator(device).manual_seed(int(entropy[0]))
     i = torch.randint(dataset.train_size, (size,), generator=generator, device=device)
@@ -303,7 +303,7 @@ def save(s, model, adam, run):
 
 def resume(s, model, adam):
     """The step, seconds and log of the folder's checkpoint, whose weights and moments are taken
-    over, or of a new run. Raises UserError where its options or its network are others."""
+    over, or of a new run. Raises UserError if its options or its network differ."""
     path, run = Path(s.run, 'checkpoint.pt'), dict(step=0, seconds=0.0, log=[])
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -312,7 +312,7 @@ def resume(s, model, adam):
                    if was != vars(s).get(k) and k not in ('run', 'steps', 'end')]
         if changed or run['step'] > s.steps:
             raise data.UserError(f"{s.run} is at step {run['step']:,} and cannot be resumed: "
-                                 f'{"; ".join(changed) or "--steps is less"}. Choose another --run')
+                                 f'{"; ".join(changed) or "past --steps"}. Choose another --run')
         take_over(run['model'], model, path)
         adam.load_state_dict(adam.state_dict() | dict(state=run['adam']))
         run['log'] = run['log'].tolist()
@@ -335,7 +335,7 @@ def take_over(weights, model, path):
     """Put weights, of any precision, into a model of the same names, shapes and order."""
     theirs, ours = ([(name, t.shape) for name, t in state.items()]
                     for state in (weights, model.state_dict()))
-    if theirs != ours:                                      # by the order go the moments of Adam
+    if theirs != ours:                                      # Adam's moments are matched by order
         raise data.UserError(f'{path} is of another network: names, shapes or order differ')
     model.load_state_dict(weights)
 
@@ -378,9 +378,9 @@ def report(s, dataset, model, run, held_out):
     summary |= scores(s, dataset, model)
     data.write(Path(s.run, 'summary.json'), json.dumps(summary, indent=1).encode())
     data.write(Path(s.run, 'model.pt'), dict(settings=vars(s), model=model.state_dict()))
-    print(f'{s.run}/ holds the pictures and the model:', ', '.join(
+    print(f'{s.run}/ holds the pictures and the model;', ', '.join(
         f'{name} {summary[name]:{form}}' for name, form in FIGURES.items() if name in summary))
-    if summary['kl'] < 0.1 and run['step'] >= 1000:         # before that, it is untrained
+    if not summary['active_latents'] and run['step'] >= 1000:       # before, it is untrained
         print('The posterior has collapsed, and every image becomes the mean image: try a smaller '
               '--beta, or let it rise (--anneal)')
 
@@ -488,7 +488,7 @@ def compare(argv):
     """Finished runs side by side: comparison.md, a table, and comparison.jpg, their top latents."""
     parser = argparse.ArgumentParser('betavae.py compare', description=compare.__doc__)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
-    parser.add_argument('--out', type=Path, default='.', help='folder for both (default: this one)')
+    parser.add_argument('--out', type=Path, default='.', help='folder for both (default: here)')
     args = parser.parse_args(argv)
     if not (runs := [run for run in args.runs if (run / 'summary.json').is_file()]):
         raise data.UserError('none of these is a finished run: there is no summary.json')
@@ -520,13 +520,13 @@ def options(*argv, **given):
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     x, model, loss, adam, run = (parser.add_argument_group(title).add_argument for title in (
         'data (x)', 'model', 'objective', 'optimiser (Adam)', 'run'))
-    x('--data', default='faces', help='faces (default), dsprites, a folder or .zip of images')
+    x('--data', default='faces', help='faces (default), dsprites, or a folder or .zip of images')
     x('--crop', type=int, help='side of the centred square cut from your images; CelebA: 128')
     model('--latents', type=int, help='J (default: 32, for one channel 10)')
-    model('--leak', type=float, default=0.2, help='slope of the ReLUs below 0 (0.2; the paper: 0)')
+    model('--leak', type=float, default=0.2, help='ReLU slope below 0 (default: 0.2; the paper: 0)')
     loss('--beta', type=float, default=1.0, help='β, the weight of the KL term (default: 1)')
     loss('--beta-from', type=float, default=0.0, help='β at step 0, with --anneal (default: 0)')
-    loss('--anneal', type=int, default=0, help='steps over which β moves there (default: 0)')
+    loss('--anneal', type=int, default=0, help='steps until β is --beta (default: 0)')
     loss('--tc', action='store_true', help='β-TCVAE: β on the total correlation alone')
     loss('--capacity', type=float, help='C: γ |KL − C| for β KL; C rises over --anneal steps')
     loss('--gamma', type=float, help='γ, with --capacity (default: 1000)')
@@ -534,10 +534,10 @@ def options(*argv, **given):
     adam('--steps', type=int, default=50000, help='(default: 50000)')
     adam('--batch', type=int, default=64, help='B (default: 64)')
     adam('--lr', type=float, default=5e-4, help='learning rate (default: 5e-4)')
-    adam('--warmup', type=int, default=0, help='steps over which it rises to --lr (default: 0)')
-    run('--run', help='its folder (default: runs/ and a name made from the options)')
+    adam('--warmup', type=int, default=0, help='steps until the rate is --lr (default: 0)')
+    run('--run', help='output folder (default: runs/ and a name made of options)')
     run('--seed', type=int, default=0, help='(default: 0)')
-    run('--device', default='auto', help='of torch; only cpu and cuda were tried (default: auto)')
+    run('--device', default='auto', help='of torch; tested: cpu and cuda (default: auto)')
     run('--precision', choices=['auto', 'fp32', 'bf16'], default='auto', help='of convolutions')
     s = parser.parse_args(argv)
     unknown = given.keys() - vars(s).keys()
@@ -545,7 +545,7 @@ def options(*argv, **given):
     for name, value in vars(s).items():
         least = 1 if name in ('crop', 'latents', 'steps', 'batch') else 0
         if isinstance(value, (int, float)) and not least <= value <= 1e12:              # nor is NaN
-            raise data.UserError(f'--{name.replace("_", "-")} {value}: give {least} to 1e12')
+            raise data.UserError(f'--{name.replace("_", "-")} {value}: must be {least} to 1e12')
     for wrong, words in (
             (unknown, f'there is no option {", ".join(unknown)}'),
             (s.beta_from and not s.anneal, '--beta-from needs --anneal, the steps it takes'),
@@ -559,7 +559,7 @@ def options(*argv, **given):
 
 
 def complete(settings, dataset, model):
-    """The settings with what was left open filled in, and what tells this data from other data."""
+    """The settings with all defaults filled in, and what identifies the data when resuming."""
     s = argparse.Namespace(**vars(settings), own=model is not None, factors=dataset.factors,
                            size=len(dataset), pixels=int(dataset.images([0]).sum()))
     s.data, s.crop, s.channels = dataset.name, dataset.crop, dataset.shape[0]
@@ -571,7 +571,7 @@ def complete(settings, dataset, model):
         s.latents = model.cpu().eval().encode(torch.zeros(1, *dataset.shape))[0].shape[1]
     if s.device == 'auto':
         s.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if s.precision == 'auto':               # without units for it, or on a GPU, bf16 is slower
+    if s.precision == 'auto':               # bf16 is slower on a GPU, and without units for it
         has = getattr(torch.cpu, 'get_capabilities', dict)()
         s.precision = 'bf16' if s.device == 'cpu' and has.get('avx512_bf16') else 'fp32'
     words = f'{s.data} {describe(s)}' + (f' seed {s.seed}' if s.seed else '')
@@ -599,9 +599,9 @@ def main(argv):
         stream.reconfigure(errors='replace')            # a terminal without β is no reason to stop
     if sys.platform == 'linux':                         # Let glibc keep freed memory: mapping each
         mallopt = ctypes.CDLL(None).mallopt             # activation again is a seventh of a step.
-        mallopt(-3, 32 << 20)                           # M_MMAP_THRESHOLD: 32 MB are of the heap,
-        mallopt(-1, 2 ** 31 - 1)                        # M_TRIM_THRESHOLD: which never shrinks,
-        mallopt(-8, 1)                                  # M_ARENA_MAX: and is the only one
+        mallopt(-3, 32 << 20)                           # M_MMAP_THRESHOLD: 32 MB are on the heap,
+        mallopt(-1, 2 ** 31 - 1)                        # M_TRIM_THRESHOLD: which never shrinks;
+        mallopt(-8, 1)                                  # M_ARENA_MAX: there is only one
     try:
         if argv[:1] == ['compare']:
             return compare(argv[1:])

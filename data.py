@@ -1,4 +1,4 @@
-"""Data sets for the β-VAE, and the drawing of arrays. This module knows no model.
+"""Data sets for the β-VAE, and pictures of arrays. This module knows no model.
 
     data = load('dsprites')             # or 'faces', or a folder or .zip of images
     data.images([0, 1, 2])              # uint8 (3, C, 64, 64), by flat index in C order
@@ -24,7 +24,7 @@ HELD_OUT_EVERY = 19     # prime, so that both parts of large data hold every val
 
 
 class UserError(ValueError):
-    """An error that the user can mend: its message says what, where, and what to do."""
+    """An error that the user can fix: its message says what, where, and what to do."""
 
 
 class Dataset:
@@ -32,7 +32,7 @@ class Dataset:
     `factors` is {name: number of values}; images are in C order: the last factor changes fastest.
     `draw` takes indices, int64 (n,), on a GPU when training there, and returns images, uint8
     (n, C, 64, 64), on any device. `size` is N, needed only where K = 0."""
-    source = crop = None                # those of `load`; a path is absolute
+    source = crop = None                # set by `load`; the path is absolute
 
     def __init__(self, name, shape, factors, draw, size=None):
         self.name, self.shape, self.draw = name, tuple(shape), draw
@@ -56,7 +56,7 @@ class Dataset:
         index = index.long()
         if index.device.type == 'cpu' and not ((0 <= index) & (index < self.size)).all():
             raise IndexError(f'indices are from 0 to {self.size - 1}')
-        parts = [self.draw(part) for part in index.split(256)]      # what 256 need fits the caches
+        parts = [self.draw(part) for part in index.split(256)]      # 256 at a time fit in caches
         images = torch.cat(parts) if len(parts) > 1 else parts[0]
         if str(images.dtype) != 'torch.uint8' or images.shape != (len(index), *self.shape):
             raise TypeError(f'draw must return uint8 tensors of shape (n, {self.shape[0]}, 64, 64)')
@@ -88,7 +88,7 @@ def load(source, crop=None):
     of `crop` pixels (CelebA: 128; None: the largest). UserError for what cannot be loaded."""
     drawn = {'faces': faces, 'dsprites': dsprites}.get(source)
     if not source or drawn and crop:                # Path('') would be the current folder
-        raise UserError('--data is faces, dsprites, or your own images, which alone have a --crop')
+        raise UserError('--data is faces, dsprites or your own images; only these have a --crop')
     path = os.path.realpath(source)
     dataset = drawn() if drawn else photographs(Path(path), crop)
     dataset.source, dataset.crop = source if drawn else path, crop
@@ -102,7 +102,7 @@ def dsprites():
     polygon (even-odd rule): a row of 64 pixels is one 64-bit word, the lowest bit leftmost, and
     every edge that crosses the row flips all pixels to its right."""
     t = np.radians(np.arange(0, 360, 2))
-    outlines = (        # x + iy, y down; each constant has a range of 0.003 with no pixel wrong
+    outlines = (        # x + iy, y down; a range of 0.003 of each constant gives the same pixels
         9.598 * np.array([-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j]),
         12.7668 * np.cos(t) + 7.2142j * np.sin(t),
         9.598315 * np.sin(t) ** 3 - 1.437597j - 0.6621432j * (
@@ -178,7 +178,7 @@ def face_masks():
 
     # Hair: a cap and two curtains behind the head, and a fringe over the forehead.
     length, hairline = values('hair length', -6, 27), values('forehead', -4.5, -16.5)
-    half = 16.5 + 0.05 * (length + 6)                   # its width
+    half = 16.5 + 0.05 * (length + 6)                   # half its width
     cap = cover(disc(x + middle, y + 4, half, 19.5), y - length)
     ends = np.maximum(y - length + 5, 0) ** 2 / 9       # where the curtains taper
     curtains = cover(np.abs(x + middle) - half + ends, -4 - y, y - length)
@@ -249,7 +249,7 @@ def faces():
 
 # Your own images ----------------------------------------------------------------------------------
 
-# Others of Pillow's readers run programs (EPS), or open whatever is inside (IPTC).
+# Other readers of Pillow run programs (EPS), or open whatever is inside (IPTC).
 FORMATS = 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP'
 
 
@@ -303,8 +303,8 @@ def decode(path, archive, crop, name):
 # Files, progress, pictures ------------------------------------------------------------------------
 
 def write(path, content):
-    """Replace a file, at once or not at all, by bytes, by a dictionary of tensors for `read`, or by
-    what the function `content` writes to it."""
+    """Replace a file atomically by bytes, by a dictionary of tensors for `read`, or by what the
+    function `content` writes to it."""
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())         # to a file it raises no OSError
         content = buffer.getvalue()
@@ -332,7 +332,7 @@ def read(path):
 
 class Progress:
     """A line with the time left and the speed: redrawn in place on a terminal, else printed every
-    ten seconds. One of `total` is `size` images."""
+    ten seconds. Each step is `size` images."""
 
     def __init__(self, total, done=0, size=1):
         self.total, self.size, self.next = total, size, -math.inf
@@ -358,7 +358,7 @@ ASCII = str.maketrans({'β': 'beta', 'γ': 'gamma', 'λ': 'lambda', '→': ' to 
 
 
 def plain(text):
-    """Text for Pillow's own font: that has only ASCII, and such narrow blanks that it takes two."""
+    """Text for Pillow's own font: only ASCII, and with blanks so narrow that it takes two."""
     return '  '.join(text.translate(ASCII).encode('ascii', 'replace').decode().split())
 
 

@@ -167,12 +167,12 @@ def elbo_decomposition(mu, logvar, samples=None, rng=2018):
     sum exactly to `kl`, an estimate of the analytic KL term. z is random; nothing is binned.
 
     mu, logvar  (N, J), those of q(z|n) for all N images; |log σ²| at most 50
-    samples     z is sampled for so many images, once each (default: all N); q(z) is of all N
+    samples     z is sampled for this many images, once each (default: all N); q(z) is of all N
 
     The mutual information is at most ln N, its `ceiling`. Within about 0.3 nats of it, the split
     between it and the total correlation is unresolved: whatever the first lacks shows up in the
     second. A larger N helps; more samples do not. `standard_error` is that of `kl` if samples ≪ N;
-    with all N, no image is left to chance, and it was up to 2.2 times too large in nine models.
+    with all N it is too large (up to 2.2 times in nine models).
     """
     mu = torch.from_numpy(as_codes(mu, 'mu'))
     logvar = torch.from_numpy(as_codes(logvar, 'logvar'))
