@@ -399,8 +399,8 @@ def test_a_run_that_was_interrupted_equals_an_unbroken_one_bit_for_bit(monkeypat
 
 def test_killed_at_any_moment_a_run_ends_as_an_unbroken_one():
     program = (f'import sys; sys.path.insert(0, {str(HERE)!r}); import test_betavae as t; '
-               't.train(120, run="killed", likelihood="bernoulli")')
-    for wait in *np.random.default_rng(0).uniform(0.03, 0.25, 3), None:
+               't.train(80, run="killed", likelihood="bernoulli")')
+    for wait in *np.random.default_rng(0).uniform(0.03, 0.25, 2), None:
         child = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE)
         next(line for line in child.stdout if line.startswith(b'step'))
         if wait:
@@ -408,7 +408,7 @@ def test_killed_at_any_moment_a_run_ends_as_an_unbroken_one():
                 child.wait(wait)
             child.kill()
         child.communicate()
-    train(120, run='whole', likelihood='bernoulli')
+    train(80, run='whole', likelihood='bernoulli')
     assert_same(state('killed'), state('whole'))
 
 
