@@ -157,7 +157,7 @@ def total_correlation(z, mu, logvar, n):
 
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
-    exact for M = N, unbiased for distinct images; `batch` may repeat some: + (q(z|n*) − q(z)) / N.
+    exact for M = N, unbiased for distinct images; repeats add (q(z|n*) − q(z)) / N on average.
     Its logarithm is biased all the same: with few images the result may be negative.
     """
     m = len(z)

@@ -31,7 +31,7 @@ eight)
     train KLD_Decrease_40000_steps-100to1-Beta-VAE --beta-from 100 --anneal 40000
     train KLD_Decrease_100000_steps-10000to1-Beta-VAE --beta-from 10000 --anneal 100000 \
         --steps 125000 ;;
-latents6)           # β × 0.0544, the faces' pixel variance: as β with errors divided by it
+latents6)           # β × 0.0544, the faces' pixel variance: as β with squared errors divided by it
     for beta in 0.1:0.00544 1:0.0544 2:0.1088 10:0.544; do
         train 6-latents-beta-${beta%:*} --latents 6 --beta ${beta#*:} --steps 10000
     done ;;

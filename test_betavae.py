@@ -203,8 +203,7 @@ class Plain(nn.Module):
         return torch.stack([loss, recon, *kl])
 
 
-@pytest.mark.parametrize('case', [
-    dict(beta=4, tc=0), dict(beta=4, likelihood='bernoulli'),
+@pytest.mark.parametrize('case', [dict(beta=4, tc=0), dict(beta=4, likelihood='bernoulli'),
     dict(beta=20, anneal=8, dataset=toy(3)), dict(beta=6, tc=True, anneal=8, leak=0),
     dict(beta=1, beta_from=30, anneal=8, leak=0, dataset=toy(3), likelihood='bernoulli'),
     dict(beta=2, warmup=6, lr=1e-4, seed=1), dict(capacity=6, gamma=30, anneal=8, warmup=5)],
@@ -298,8 +297,7 @@ def test_each_field_of_the_summary(run, likelihood, trained):
     top, sampled = int(kl.argmax()), mu + (logvar / 2).exp() * noise(144, 3)
     factors = np.stack(np.unravel_index(np.arange(144), (12, 6, 2)), 1)
     shares = metrics.factor_shares(mu, factors)
-    expected = dict(
-        steps=30, reconstruction=recon, kl=kl.sum(), kl_per_latent=kl, top_latent=top,
+    expected = dict(steps=30, reconstruction=recon, kl=kl.sum(), kl_per_latent=kl, top_latent=top,
         active_latents=(kl > 0.05).sum(), top_range=[z[:, top].min(), z[:, top].max()],
         mig=metrics.mutual_information_gap(mu, factors)[0],
         mig_samples=metrics.mutual_information_gap(sampled, factors)[0])
@@ -395,6 +393,9 @@ def test_a_run_that_was_interrupted_equals_an_unbroken_one_bit_for_bit(monkeypat
     train(**options)
     assert drawn == [10, 20, 21, 5, 10, 20, 21] and 'use 0 of 3 latents' in capsys.readouterr().out
     assert_same(state(), state('whole'))
+    monkeypatch.setattr(betavae, 'summarise', lambda *_: dict(steps=9, kl=1, active_latents=0))
+    betavae.report(betavae.options(run='a'), None, nn.Linear(1, 1), dict(step=1000), None)
+    assert 'collapsed' in capsys.readouterr().out
 
 
 def test_killed_at_any_moment_a_run_ends_as_an_unbroken_one():
@@ -859,8 +860,7 @@ def test_the_numbers_of_the_tables_are_those_of_runs_csv():
         if {*head[1:]} <= {run['label'] for run in runs}:       # rows beyond those named are shares
             columns += [f'share of {row[0]}' for row in rows[len(columns):]]
             rows = [*zip(*[head, *rows])][1:]
-        for label, column, cell in [
-                (label, column, cell) for label, *row in rows
+        for label, column, cell in [(label, column, cell) for label, *row in rows
                 for column, cell in zip(columns, row, strict=True) if cell and column != '-']:
             found = [float(run[column]) * (100 if re.match('sc|share', column) else 1)
                      for run in runs if (run['data'], run['label']) == (source, label)
