@@ -9,8 +9,8 @@ The first pictures are in runs/ after seconds. Ctrl-C is safe: the same command 
 
 How to read this file: in its order. 1 model, 2 objective, 3 training, whose loop is the algorithm;
 the rest only looks at the result. Letters are the paper's: x an image, z its code, q(z|x) = N(mu,
-exp(logvar)) the encoder, p(x|z) the decoder; B images in a batch (M in Chen et al. 2018), N in the
-data set; C channels, J latents.
+exp(logvar)) the encoder, p(x|z) the decoder; B images in a batch (M in Chen et al. 2018), N to
+train on; C channels, J latents.
 """
 import argparse
 import ctypes
@@ -38,8 +38,8 @@ class BetaVAE(nn.Module):
     """The convolutional network of Higgins et al. 2017 (appendix A.1) for images of 64 × 64 pixels.
 
     leak    slope of the ReLUs below zero: 0 in the paper, 0.2 in yukunchen113/Beta-VAE and here. A
-            plain ReLU that pressure has made negative on every image has no gradient: it is dead.
-    bf16    convolutions in bfloat16; weights, posterior and losses are float32 either way
+            plain ReLU whose input is negative on every image has no gradient: it is dead.
+    bf16    encoder and decoder in bfloat16; weights, posterior and losses are float32 either way
     """
 
     def __init__(self, channels, latents, leak=0.2, bf16=False):
@@ -157,7 +157,7 @@ def total_correlation(z, mu, logvar, n):
 
         q(z|n*) / N  +  (N − 1) / (N (M − 1)) · Σ over the other m of the batch of q(z|m),
 
-    exact for M = N, unbiased for distinct images; repeats add (q(z|n*) − q(z)) / N on average.
+    exact for M = N, unbiased for distinct images; repeats bias it by (q(z|n*) − q(z)) / N.
     Its logarithm is biased all the same: with few images the result may be negative.
     """
     m = len(z)
@@ -188,10 +188,10 @@ def train(dataset, settings, model=None):
     dataset     a data.Dataset
     settings    made by `options`
     model       a network of your own: an nn.Module with encode(x) → μ, log σ², decode(z) → logits
-                and forward(x, noise) → logits, z, μ, log σ² (default: a new BetaVAE)
+                and forward(x, noise) → logits, z, μ, log σ²; you seed it (default: a new BetaVAE)
     Raises UserError for what you can fix, FloatingPointError where training diverges."""
     s = complete(settings, dataset, model)
-    with torch.random.fork_rng(devices=[]):                 # the global random state is left alone
+    with torch.random.fork_rng(devices=[]):                 # the CPU's random state is left alone
         torch.manual_seed(s.seed)
         model = model or BetaVAE(s.channels, s.latents, s.leak, s.precision == 'bf16')
     model.train().to(s.device, memory_format=torch.channels_last)
@@ -199,7 +199,7 @@ def train(dataset, settings, model=None):
     run = resume(s, model, adam)                            # its step, its seconds, its log
     held_out = torch.as_tensor(dataset.images(dataset.held_out(1000)), device=s.device)
     terms = dict(likelihood=s.likelihood, tc=dataset.train_size if s.tc else None, gamma=s.gamma)
-    torch.backends.cudnn.deterministic = True               # else a seed would not repeat its bits
+    torch.backends.cudnn.deterministic = True               # so that a seed repeats its bits
     announce(s, dataset, run['step'])
     progress = data.Progress(s.steps, run['step'], s.batch)
     start, saved, recent = time.monotonic() - run['seconds'], time.monotonic(), []
@@ -302,8 +302,8 @@ def save(s, model, adam, run):
 
 
 def resume(s, model, adam):
-    """The step, seconds and log of the folder's checkpoint, whose weights and moments are taken
-    over, or of a new run. Raises UserError if its options or its network differ."""
+    """The step, seconds and log of the folder's checkpoint, whose weights and moments are loaded,
+    or of a new run. Raises UserError if its options or its network differ."""
     path, run = Path(s.run, 'checkpoint.pt'), dict(step=0, seconds=0.0, log=[])
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -316,7 +316,7 @@ def resume(s, model, adam):
         take_over(run['model'], model, path)
         adam.load_state_dict(adam.state_dict() | dict(state=run['adam']))
         run['log'] = run['log'].tolist()
-    for stale in ('summary.json', 'model.pt'):              # they come again with the last step
+    for stale in ('summary.json', 'model.pt'):              # the last step writes them again
         Path(s.run, stale).unlink(missing_ok=True)
     return run
 
@@ -475,8 +475,8 @@ def traverse(z, latents, values):
 
 
 def top_latent(summary, sigma):
-    """The picture of yukunchen113/Beta-VAE as codes (3, 10, J): zeros but for the latent of largest
-    mean KL, over the range of its samples; rows 2 and 3 add σ (J,), once and twice."""
+    """The picture of yukunchen113/Beta-VAE (there by |mean|, ±3) as codes (3, 10, J): zeros but for
+    the latent of largest KL, over the range of its samples; rows 2 and 3 add σ (J,) and 2 σ."""
     row = traverse(torch.zeros(len(sigma)), [summary['top_latent']],
                    torch.linspace(*summary['top_range'], 10))                       # (1, 10, J)
     return torch.cat([row + n * sigma for n in range(3)])
@@ -514,7 +514,7 @@ def compare(argv):
 # 6 The command line -------------------------------------------------------------------------------
 
 def options(*argv, **given):
-    """A run's settings, from words of a command line or keywords. UserError if they are wrong."""
+    """A run's settings, from words or keywords. UserError for a wrong name or number."""
     parser = argparse.ArgumentParser(
         'betavae.py', '%(prog)s [OPTION …]', __doc__.partition('\n\nHow to')[0],
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -530,7 +530,7 @@ def options(*argv, **given):
     loss('--tc', action='store_true', help='β-TCVAE: β on the total correlation alone')
     loss('--capacity', type=float, help='C: γ |KL − C| for β KL; C rises over --anneal steps')
     loss('--gamma', type=float, help='γ, with --capacity (default: 1000)')
-    loss('--likelihood', choices=['bernoulli', 'gaussian'], help='p(x|z); gaussian for colour')
+    loss('--likelihood', choices=['bernoulli', 'gaussian'], help='default: gaussian for colour')
     adam('--steps', type=int, default=50000, help='(default: 50000)')
     adam('--batch', type=int, default=64, help='B (default: 64)')
     adam('--lr', type=float, default=5e-4, help='learning rate (default: 5e-4)')
@@ -538,7 +538,7 @@ def options(*argv, **given):
     run('--run', help='output folder (default: runs/ and a name made of options)')
     run('--seed', type=int, default=0, help='(default: 0)')
     run('--device', default='auto', help='of torch; tested: cpu and cuda (default: auto)')
-    run('--precision', choices=['auto', 'fp32', 'bf16'], default='auto', help='of convolutions')
+    run('--precision', choices=['auto', 'fp32', 'bf16'], default='auto', help='of the network')
     s = parser.parse_args(argv)
     unknown = given.keys() - vars(s).keys()
     vars(s).update({k: v.item() if hasattr(v, 'item') else v for k, v in given.items()})
@@ -571,7 +571,7 @@ def complete(settings, dataset, model):
         s.latents = model.cpu().eval().encode(torch.zeros(1, *dataset.shape))[0].shape[1]
     if s.device == 'auto':
         s.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if s.precision == 'auto':               # bf16 is slower on a GPU, and without units for it
+    if s.precision == 'auto':               # bf16 is slower on GPUs, and on CPUs that lack it
         has = getattr(torch.cpu, 'get_capabilities', dict)()
         s.precision = 'bf16' if s.device == 'cpu' and has.get('avx512_bf16') else 'fp32'
     words = f'{s.data} {describe(s)}' + (f' seed {s.seed}' if s.seed else '')
@@ -599,7 +599,7 @@ def main(argv):
         stream.reconfigure(errors='replace')            # a terminal without β is no reason to stop
     if sys.platform == 'linux':                         # Let glibc keep freed memory: mapping each
         mallopt = ctypes.CDLL(None).mallopt             # activation again is a seventh of a step.
-        mallopt(-3, 32 << 20)                           # M_MMAP_THRESHOLD: 32 MB are on the heap,
+        mallopt(-3, 32 << 20)                           # M_MMAP_THRESHOLD: 32 MB go on the heap,
         mallopt(-1, 2 ** 31 - 1)                        # M_TRIM_THRESHOLD: which never shrinks;
         mallopt(-8, 1)                                  # M_ARENA_MAX: there is only one
     try:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-HELD_OUT_EVERY = 19     # prime, so that both parts of large data hold every value of every factor
+HELD_OUT_EVERY = 19     # prime: if no factor has 19 values, both parts of large data hold them all
 
 
 class UserError(ValueError):
@@ -88,7 +88,7 @@ def load(source, crop=None):
     of `crop` pixels (CelebA: 128; None: the largest). UserError for what cannot be loaded."""
     drawn = {'faces': faces, 'dsprites': dsprites}.get(source)
     if not source or drawn and crop:                # Path('') would be the current folder
-        raise UserError('--data is faces, dsprites or your own images; only these have a --crop')
+        raise UserError('--data is faces, dsprites or your own images; only your own have a --crop')
     path = os.path.realpath(source)
     dataset = drawn() if drawn else photographs(Path(path), crop)
     dataset.source, dataset.crop = source if drawn else path, crop

@@ -309,7 +309,7 @@ def test_each_field_of_the_summary(run, likelihood, trained):
         for j, row in enumerate(shares)]
     x = pixels[torch.arange(144) % 19 != 0].flatten(1) / 255
     lambdas = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2 / len(x)
-    assert data.spectrum(toy()).sum().item() == pytest.approx(lambdas.sum(), rel=0.05)
+    assert data.spectrum(toy())[:144].sum().item() == pytest.approx(lambdas.sum(), rel=0.05)
     assert summary['predicted_latents'] == (min(3, sum(lambdas > 1 / 2)) if run == 'b' else None)
     assert summary['label'] == 'β 0 → 1 over 30, latents 3, batch 8'   # of 60 steps, to β = 2
 
@@ -391,11 +391,11 @@ def test_a_run_that_was_interrupted_equals_an_unbroken_one_bit_for_bit(monkeypat
             train(**options)
     assert state()['step'] == 10 and not Path('a/summary.json').exists()
     train(**options)
-    assert drawn == [10, 20, 21, 5, 10, 20, 21] and 'use 0 of 3 latents' in capsys.readouterr().out
+    assert drawn == [10, 20, 21, 5, 10, 20, 21]
     assert_same(state(), state('whole'))
     monkeypatch.setattr(betavae, 'summarise', lambda *_: dict(steps=9, kl=1, active_latents=0))
-    betavae.report(betavae.options(run='a'), None, nn.Linear(1, 1), dict(step=1000), None)
-    assert 'collapsed' in capsys.readouterr().out
+    betavae.report(betavae.options(run='a'), None, nn.ReLU(), dict(step=1000), None)
+    assert re.findall('use 0|collapsed', capsys.readouterr().out) == ['use 0'] * 5 + ['collapsed']
 
 
 def test_killed_at_any_moment_a_run_ends_as_an_unbroken_one():
@@ -520,11 +520,11 @@ def test_labels_and_folders(options, label, late):
 
 @pytest.mark.parametrize('words', [
     '--beta -1', '--beta nan', '--beta-from 3', '--latents 0', '--steps 10000000000000',
-    '--crop 128', '--data nowhere', '--data=', '--bet 3', '--tc --batch 1', '--tc --capacity 5',
+    '--crop 128', '--data nowhere', '--data=', '--hel', '--tc --batch 1', '--tc --capacity 5',
     '--capacity 5 --beta 2', '--gamma 5', '--bata 4', 'surplus', 'compare'])
 def test_bad_options_are_named(words, capsys):
     assert main(*words.split()) == 2 and not Path('runs').exists()
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith('betavae')
+    assert re.match('betavae(?!.*no images)', capsys.readouterr().err.strip().splitlines()[-1])
 
 
 def test_what_goes_wrong_is_said_in_one_line(monkeypatch, capsys):
@@ -878,8 +878,7 @@ def test_the_page_of_sliders_decodes_as_pytorch_does_and_redraws(tmp_path):
         model = betavae.load(path.with_suffix('.pt'))
         z = 2 * torch.randn(3, model.decoder[0].in_features)
         program = page.partition('<script>')[2].partition('// 2 The page')[0] + path.read_text()
-        program += f'''const model = models["{path.stem}"];
-            model.weights = unpack(model.weights);
+        program += f'''const model = models["{path.stem}"]; model.weights = unpack(model.weights);
             console.log(JSON.stringify({z.tolist()}.map(z => [...decode(model, z)])));'''
         ran = subprocess.run(['node'], input=program, text=True, capture_output=True, check=True)
         x = torch.tensor(json.loads(ran.stdout))                                    # (3, C · 4096)
