@@ -287,10 +287,10 @@ def predicted_latents(s, dataset):
 
 
 def save(s, model, adam, run):
-    """Replace log.csv and checkpoint.pt, unless a weight, moment or figure is no longer finite."""
+    """Replace log.csv and checkpoint.pt, unless a value is not finite or the loss above 1e9."""
     log = torch.tensor(run['log'], dtype=torch.float64)
-    moments = [t for state in adam.state.values() for t in state.values()]
-    if not all(t.isfinite().all() for t in (*model.parameters(), *moments, log)):
+    kept = [*model.parameters(), *(t for m in adam.state.values() for t in m.values()), log]
+    if log[:, 2].max() > 1e9 or not all(t.isfinite().all() for t in kept):  # Adam's v stays huge
         raise FloatingPointError(f"training diverged before step {run['step']:,}; {s.run} keeps "
                                  'what was saved. Try a smaller --lr or --beta, or --warmup 1000')
     kl = ','.join(f'kl_{j}' for j in range(s.latents))

@@ -455,15 +455,16 @@ def test_an_edited_network_is_refused_and_weights_of_any_precision_are_read(trai
             call()
 
 
-@pytest.mark.parametrize('what', ['weights', 'exp_avg_sq'])
-def test_what_is_not_finite_stops_the_run_and_is_not_saved(what, monkeypatch):
+@pytest.mark.parametrize('what, step', [('weights', 3), ('exp_avg_sq', 3), ('loss', 10)])
+def test_what_is_not_finite_or_too_large_stops_the_run_and_is_not_saved(what, step, monkeypatch):
     def spoil(self, *rest, step=torch.optim.Adam.step):
         step(self, *rest)
         weights = self.param_groups[0]['params'][0]
-        (self.state[weights] | dict(weights=weights.data))[what].view(-1)[0] = math.inf
+        (self.state[weights] | dict(weights=weights.data, loss=noise(1)))[what][:1] = math.inf
     monkeypatch.setattr(torch.optim.Adam, 'step', spoil)
-    with pytest.raises(FloatingPointError, match='before step 3; a keeps what was saved'):
-        train(3)                                            # within its first row
+    monkeypatch.setattr(betavae, 'SAVE_SECONDS', 99)
+    with pytest.raises(FloatingPointError, match=f'before step {step}; a keeps what was saved'):
+        train(step, beta_from=1e12 * (what == 'loss'), anneal=5)        # or within its first row
     assert not list(Path('a').iterdir())
 
 
@@ -473,8 +474,7 @@ def test_a_run_within_its_own_images_is_refused_and_a_crop_is_kept(capsys):
         Image.new('RGB', (64, 64), (200, 100, 50)).save(f'photos/{k}.png')
     words = '--data', 'photos', '--crop', 32, '--steps', 1, '--batch', 2, '--run'
     for run in 'photos/runs/a', 'photos':
-        assert main(*words, run) == 2
-        assert 'lies among the images of photos' in capsys.readouterr().err
+        assert main(*words, run) == 2 and 'lies among the images' in capsys.readouterr().err
     assert main(*words, 'photographs') == 0 and not Path('photos/runs').exists()
     assert read('photographs/summary.json')['settings']['crop'] == 32
 
