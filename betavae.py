@@ -514,7 +514,7 @@ def compare(argv):
 # 6 The command line -------------------------------------------------------------------------------
 
 def options(*argv, **given):
-    """A run's settings, from words or keywords. UserError for a wrong name or number."""
+    """A run's settings, from command-line words or keywords. UserError if one is wrong."""
     parser = argparse.ArgumentParser(
         'betavae.py', '%(prog)s [OPTION …]', __doc__.partition('\n\nHow to')[0],
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -530,7 +530,7 @@ def options(*argv, **given):
     loss('--tc', action='store_true', help='β-TCVAE: β on the total correlation alone')
     loss('--capacity', type=float, help='C: γ |KL − C| for β KL; C rises over --anneal steps')
     loss('--gamma', type=float, help='γ, with --capacity (default: 1000)')
-    loss('--likelihood', choices=['bernoulli', 'gaussian'], help='default: gaussian for colour')
+    loss('--likelihood', choices=['bernoulli', 'gaussian'], help='(default: gaussian for colour)')
     adam('--steps', type=int, default=50000, help='(default: 50000)')
     adam('--batch', type=int, default=64, help='B (default: 64)')
     adam('--lr', type=float, default=5e-4, help='learning rate (default: 5e-4)')
